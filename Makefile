@@ -1,0 +1,59 @@
+# Two commands do it all: `make up` runs the whole stack, `make test` runs every test.
+# Everything lands in .venv, from the lock file; nothing else is needed but Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+UV_VERSION := 0.13.9
+READY := $(VENV)/.ready
+
+.PHONY: up test check lint types imports protos-drift protos lock bench clean
+
+up: $(READY)
+	@exec $(VENV)/bin/tollgate up
+
+test: $(READY)
+	$(VENV)/bin/pytest $(ARGS)
+
+check: lint types imports protos-drift
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(READY)
+	$(VENV)/bin/mypy
+
+imports: $(READY)
+	$(VENV)/bin/lint-imports
+
+# The committed modules must be what protos/ compiles to.
+protos-drift: $(READY)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=$$out --pyi_out=$$out protos/ext_proc.proto && \
+	diff -r --exclude=__pycache__ --exclude=__init__.py $$out extproc/pb && echo "protos: no drift"
+
+protos: $(READY)
+	$(VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=extproc/pb --pyi_out=extproc/pb protos/ext_proc.proto
+
+# After a change of pyproject.toml: pins every package, with hashes.
+lock: $(READY)
+	$(VENV)/bin/uv pip compile --quiet --no-header --universal --generate-hashes --group local --group dev \
+		pyproject.toml -o requirements.lock
+
+bench: $(READY)
+	$(VENV)/bin/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) .tollgate
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tollgate needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "setting up $(VENV): 1/3 environment"
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): 2/3 uv $(UV_VERSION)"
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "setting up $(VENV): 3/3 locked packages"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

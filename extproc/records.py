@@ -1,0 +1,243 @@
+"""What passes between modules: frozen, slotted dataclasses. Money is integer nano-USD, time integer milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """Whose spending a budget limits."""
+
+    GLOBAL = "global"
+    TEAM = "team"
+    SERVICE = "service"
+    USER = "user"
+    MODEL = "model"
+
+
+class Window(StrEnum):
+    """The period after which a budget starts again from zero."""
+
+    MINUTE = "minute"
+    HOUR = "hour"
+    DAY = "day"
+    MONTH = "month"
+    TOTAL = "total"
+
+
+class Unit(StrEnum):
+    """What a budget counts."""
+
+    NANOUSD = "nanousd"
+    TOKENS = "tokens"
+
+
+class Mode(StrEnum):
+    """What happens at the limit: hard refuses and cuts, soft tells the caller, shadow only records."""
+
+    HARD = "hard"
+    SOFT = "soft"
+    SHADOW = "shadow"
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    OK = "ok"
+    CUT = "cut"
+    REFUSED = "refused"
+    CLIENT_GONE = "client_gone"
+    UPSTREAM_ERROR = "upstream_error"
+    CACHE_EXACT = "cache_exact"
+    CACHE_SEMANTIC = "cache_semantic"
+
+
+class UsageSource(StrEnum):
+    """Whose token figures a usage record holds."""
+
+    PROVIDER = "provider"
+    COUNTED = "counted"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls. `email` is the verified token's; a human's token has no service, only a user."""
+
+    email: str
+    service: str | None
+    team: str | None
+    user: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One place that an attempt may go to: `openai/gpt-4o`."""
+
+    provider: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a call may go, in order of attempts. `name` is the policy's pattern that matched."""
+
+    name: str
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Money and tokens side by side, since one request may be under budgets of both units."""
+
+    nanousd: int
+    tokens: int
+
+    def of(self, unit: Unit) -> int:
+        """The figure that a budget of this unit counts."""
+        return self.nanousd if unit is Unit.NANOUSD else self.tokens
+
+
+NOTHING = Amount(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One balance that a request is under: a rule of the policy, applied to one caller or model.
+
+    `id` names it in refusals, records and Redis keys: `service/ranker@…/day/usd`, `global/*/month/usd/soft`.
+    `limit` is in `unit` (nano-USD or tokens); `tz` is an IANA zone, which decides where days and months begin.
+    """
+
+    id: str
+    unit: Unit
+    limit: int
+    window: Window
+    tz: str
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetWindow:
+    """A budget in the window that was fixed at the hold. `end_ms` is 0 for a window that never ends."""
+
+    budget: Budget
+    start_ms: int
+    end_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldAsk:
+    """What a request asks of the ledger: at best `ask`, and nothing under `least`.
+
+    `note` is stored beside the hold, so that a record can be written for a request whose processor died.
+    """
+
+    request_id: str
+    budgets: tuple[Budget, ...]
+    ask: Amount
+    least: Amount
+    note: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A granted hold. `held` may be less than was asked; `over` names the soft budgets already past their limit."""
+
+    request_id: str
+    windows: tuple[BudgetWindow, ...]
+    held: Amount
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRefusal:
+    """The first hard budget that has too little left. `resets_at_ms` is 0 for a window that never ends."""
+
+    budget: Budget
+    posted: int
+    pending: int
+    resets_at_ms: int
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The answer to an extension. `held` is the hold's new total; `gone` says that the hold no longer exists.
+
+    `limited_by` is the budget that gave less than was asked, if one did.
+    """
+
+    held: Amount
+    gone: bool = False
+    limited_by: HoldRefusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The end of a hold: what the request really cost. Carries the windows, so that it can be posted without a hold."""
+
+    request_id: str
+    windows: tuple[BudgetWindow, ...]
+    actual: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A hold that expired with nobody to settle it: its processor died. `posted` is its last checkpoint."""
+
+    request_id: str
+    posted: Amount
+    note: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """One budget's figures now, in its unit, for `tollgate budgets`. `resets_at_ms` is 0 for a total."""
+
+    budget: Budget
+    posted: int
+    pending: int
+    resets_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer. `prompt` includes `cached_prompt`; `completion` includes `reasoning` and audio."""
+
+    prompt: int
+    completion: int
+    cached_prompt: int = 0
+    reasoning: int = 0
+    audio_prompt: int = 0
+    audio_completion: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One request, as it is logged. The names are fixed: they are the columns of every usage store."""
+
+    request_id: str
+    ts: str
+    service: str | None
+    user: str | None
+    team: str | None
+    requested_model: str | None
+    provider: str | None
+    model: str | None
+    route: str | None
+    attempts: int
+    stream: bool
+    status: int
+    outcome: Outcome
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    usage_source: UsageSource
+    cost_nanousd: int
+    price_version: str | None
+    ttft_ms: int | None
+    duration_ms: int
+    overhead_us: int
+    budget_id: str | None

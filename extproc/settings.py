@@ -1,0 +1,103 @@
+"""One typed settings object, built and checked once from the environment. docs/settings.md describes every field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+PROVIDER_BASE_URLS = {
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
+}
+
+GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid; from Google's OIDC discovery
+
+
+class SettingsInvalid(Exception):
+    """A setting that cannot be used. The message names the variable, never a secret's value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where things are and how long to wait. What callers may do is the policy's, not these settings'."""
+
+    policy_path: Path
+    redis_url: str
+    socket_path: Path
+    state_dir: Path
+    usage_db_path: Path
+    health_port: int = 9091
+    secrets_dir: Path | None = None
+    base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
+    issuer_keys: Mapping[str, str] = field(default_factory=lambda: {"https://accounts.google.com": GOOGLE_ISSUER_KEYS})
+    namespace: str = "tollgate"
+    lease_tokens: int = 100
+    hold_ttl_ms: int = 60_000
+    ledger_timeout_ms: int = 1_000
+    admission_timeout_ms: int = 3_000
+    keys_max_stale_s: int = 24 * 3600
+    journal_max_mib: int = 512
+    drain_timeout_s: int = 8
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Settings:
+        """Read `env`. Raises SettingsInvalid, naming the variable."""
+        state_dir = Path(env.get("TOLLGATE_STATE_DIR", ".tollgate"))
+        return cls(
+            policy_path=Path(env.get("TOLLGATE_POLICY", "policy.yaml")),
+            redis_url=_redis_url(env.get("REDIS_URL", "redis://127.0.0.1:6379/0")),
+            socket_path=Path(env.get("TOLLGATE_SOCKET", str(state_dir / "extproc.sock"))),
+            state_dir=state_dir,
+            usage_db_path=Path(env.get("TOLLGATE_USAGE_DB", str(state_dir / "usage.duckdb"))),
+            health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
+            secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
+            base_urls={
+                provider: _base_url(f"{provider.upper()}_BASE_URL", env.get(f"{provider.upper()}_BASE_URL") or default)
+                for provider, default in PROVIDER_BASE_URLS.items()
+            },
+            issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
+            namespace=env.get("TOLLGATE_NAMESPACE", "tollgate"),
+            lease_tokens=_integer(env, "TOLLGATE_LEASE_TOKENS", 100, 1, 100_000),
+            hold_ttl_ms=_integer(env, "TOLLGATE_HOLD_TTL_MS", 60_000, 500, 3_600_000),
+            ledger_timeout_ms=_integer(env, "TOLLGATE_LEDGER_TIMEOUT_MS", 1_000, 50, 60_000),
+            admission_timeout_ms=_integer(env, "TOLLGATE_ADMISSION_TIMEOUT_MS", 3_000, 100, 60_000),
+            keys_max_stale_s=_integer(env, "TOLLGATE_KEYS_MAX_STALE_S", 24 * 3600, 0, 30 * 24 * 3600),
+            journal_max_mib=_integer(env, "TOLLGATE_JOURNAL_MAX_MIB", 512, 1, 1_000_000),
+            drain_timeout_s=_integer(env, "TOLLGATE_DRAIN_TIMEOUT_S", 8, 0, 3_600),
+        )
+
+
+def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = env.get(name, "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise SettingsInvalid(f"{name} must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def _base_url(name: str, url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise SettingsInvalid(f"{name} must be a plain http:// or https:// URL")
+    return url.rstrip("/")
+
+
+def _redis_url(url: str) -> str:
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster"):
+        raise SettingsInvalid("REDIS_URL must begin with redis://, rediss://, redis+cluster://, rediss+cluster:// or unix://")
+    return url
+
+
+def _issuer_keys(env: Mapping[str, str]) -> dict[str, str]:
+    """`TOLLGATE_ISSUER_KEYS` is `issuer=url` pairs, separated by white space: issuers besides Google, and their keys."""
+    pairs: dict[str, str] = {}
+    for item in env.get("TOLLGATE_ISSUER_KEYS", "").split():
+        issuer, separator, url = item.partition("=")
+        if not separator or urlsplit(url).scheme not in ("http", "https"):
+            raise SettingsInvalid("TOLLGATE_ISSUER_KEYS must be issuer=url pairs with http or https URLs")
+        pairs[issuer] = url
+    return pairs

@@ -13,7 +13,7 @@ PROVIDER_BASE_URLS = {
     "gemini": "https://generativelanguage.googleapis.com",
 }
 
-GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid; from Google's OIDC discovery
+GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid
 
 
 class SettingsInvalid(Exception):
@@ -93,7 +93,7 @@ def _redis_url(url: str) -> str:
 
 
 def _issuer_keys(env: Mapping[str, str]) -> dict[str, str]:
-    """`TOLLGATE_ISSUER_KEYS` is `issuer=url` pairs, separated by white space: issuers besides Google, and their keys."""
+    """`TOLLGATE_ISSUER_KEYS` is `issuer=url` pairs, separated by white space: issuers besides Google's."""
     pairs: dict[str, str] = {}
     for item in env.get("TOLLGATE_ISSUER_KEYS", "").split():
         issuer, separator, url = item.partition("=")

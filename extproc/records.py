@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Scope(StrEnum):
@@ -84,6 +86,96 @@ class Route:
 
     name: str
     targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRules:
+    """Who may call. Patterns are shell-style (`*@project.iam.gserviceaccount.com`), matched on the whole address."""
+
+    audiences: tuple[str, ...]
+    issuers: tuple[str, ...]
+    allow: tuple[str, ...]
+    delegates: tuple[str, ...] = ()
+    teams: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRule:
+    """Where the models of a name or pattern go. A target's model `*` is the requested name.
+
+    `max_output_tokens` and `reasoning` override what the catalogue of models knows.
+    """
+
+    pattern: str
+    targets: tuple[Target, ...]
+    max_output_tokens: int | None = None
+    reasoning: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PriceRule:
+    """A price that overrides the price data, or, for the pattern `*`, the ceiling where no price is known.
+
+    Nano-USD per million tokens. `pattern` is matched on `provider/model` and on `model`.
+    """
+
+    pattern: str
+    input_nanousd_per_mtok: int
+    output_nanousd_per_mtok: int
+    cached_input_nanousd_per_mtok: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRule:
+    """One line of the policy's budgets. `id` is a name, or a pattern: then each that matches has a budget of its own."""
+
+    scope: Scope
+    id: str
+    window: Window
+    unit: Unit
+    limit: int
+    mode: Mode = Mode.HARD
+    tz: str = "UTC"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The policy file, checked. `version` is a short hash of its text."""
+
+    version: str
+    identity: IdentityRules
+    models: tuple[ModelRule, ...]
+    prices: tuple[PriceRule, ...]
+    budgets: tuple[BudgetRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, parsed. `body` is what was parsed, and what is sent on is made from it, never from the bytes.
+
+    `cap` is the caller's own bound on output tokens, if it gave one. `prompt_texts` are counted with the model's
+    encoding; `prompt_extra` is what the rest of the prompt may cost in tokens (images, message overhead).
+    """
+
+    model: str
+    stream: bool
+    wants_usage: bool
+    choices: int
+    cap: int | None
+    prompt_texts: tuple[str, ...]
+    prompt_extra: int
+    service_tier: str | None
+    web_search: bool
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """What the gateway must know of a model: its largest answer, whether it thinks unseen, how it counts text."""
+
+    max_output_tokens: int
+    reasoning: bool
+    encoding: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +303,45 @@ class Usage:
     reasoning: int = 0
     audio_prompt: int = 0
     audio_completion: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event of a stream says. `texts` is everything that is billed as output and can be seen.
+
+    `usage_only`: the event holds usage and no choices, and a caller that did not ask for it must not see it.
+    `started` and `finished` are indices of choices. `done` is the dialect's closing event, `error` an error event.
+    """
+
+    texts: tuple[str, ...] = ()
+    usage: Usage | None = None
+    usage_only: bool = False
+    started: tuple[int, ...] = ()
+    finished: tuple[int, ...] = ()
+    done: bool = False
+    error: bool = False
+    service_tier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a whole answer (not streamed) says. `usage` is None where the provider reported none."""
+
+    texts: tuple[str, ...]
+    usage: Usage | None
+    service_tier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """One event of a stream after counting: its exact bytes, whether the caller sees it, and the running estimate.
+
+    `tokens` is the estimate of output tokens so far, this event included, after the model's factor.
+    """
+
+    raw: bytes
+    hidden: bool
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,9 @@ def _base_url(name: str, url: str) -> str:
 
 def _redis_url(url: str) -> str:
     if urlsplit(url).scheme not in ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster"):
-        raise SettingsInvalid("REDIS_URL must begin with redis://, rediss://, redis+cluster://, rediss+cluster:// or unix://")
+        raise SettingsInvalid(
+            "REDIS_URL must begin with redis://, rediss://, redis+cluster://, rediss+cluster:// or unix://"
+        )
     return url
 
 

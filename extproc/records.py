@@ -127,7 +127,7 @@ class PriceRule:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRule:
-    """One line of the policy's budgets. `id` is a name, or a pattern: then each that matches has a budget of its own."""
+    """One line of the policy's budgets. With a pattern as `id`, each that matches has a budget of its own."""
 
     scope: Scope
     id: str

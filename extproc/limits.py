@@ -9,16 +9,25 @@ MIB = 1024 * KIB
 MAX_REQUEST_BYTES = 32 * MIB  # what Cloud Run itself accepts over HTTP/1; Envoy's buffer limit is the same figure
 MAX_JSON_DEPTH = 64  # deeper than any tool schema seen in the recorded requests (17), shallow enough to recurse over
 MAX_INTEGER_DIGITS = 20  # CPython's own integer parsing is quadratic; no field of the API needs more than 64 bits
+MAX_JSON_STRUCTURE_BYTES = (
+    512 * KIB
+)  # all but text and white space: 30 bytes for each message; 50 ms of parsing at most
+MAX_ERROR_FIELD_CHARS = 200  # of a caller's own names, as an error repeats them
 MAX_CHOICES = 128  # OpenAI's own bound on `n`
 MAX_MESSAGES = 16_384
 MAX_MODEL_NAME_CHARS = 256
 MAX_TOKEN_BYTES = 16 * KIB  # an ID token is 1–2 KB; Envoy's own header limit is 60 KB
 MAX_USER_CHARS = 320  # the longest e-mail address (RFC 3696, errata 1690)
+TOKEN_SKEW_S = 10  # how far the issuer's clock and ours may differ
+MAX_TOKEN_LIFETIME_S = 24 * 3600  # Google's tokens live for an hour; its own libraries accept a day
 
 # Responses ------------------------------------------------------------------------------------------------------------
 MAX_EVENT_BYTES = 8 * MIB  # one SSE event: an image in base64 fits, a stream without line ends does not
 MAX_ANSWER_BYTES = 32 * MIB  # a whole JSON answer, kept to read its usage
 MAX_ERROR_BYTES = 1 * MIB  # a provider's error body, kept to take secrets out
+
+CUT_FLUSH_MS = 20  # between the error event and the reset: an HTTP/2 client drops data that arrives with the reset
+ABANDONED_TOKENS_PER_S = 200  # faster than models write: bounds what was generated unseen before a caller left
 
 # Counting -------------------------------------------------------------------------------------------------------------
 INLINE_COUNT_CHARS = 4_000  # about 0.5 ms of tiktoken; a longer prompt is counted in a thread
@@ -39,5 +48,14 @@ SWEEP_BATCH = 100  # expired holds posted by one run of the sweep
 # The processor --------------------------------------------------------------------------------------------------------
 MAX_VERIFIED_TOKENS = 10_000  # verified tokens remembered by hash
 MAX_KEY_SET_BYTES = 256 * KIB
+MIN_RSA_BITS = 2048  # NIST SP 800-131A; RFC 7518, 3.3
+MIN_KEYS_MAX_AGE_S, MAX_KEYS_MAX_AGE_S = 60, 24 * 3600  # whatever the key server says
+KEYS_FETCH_TIMEOUT_S = 5  # for the whole fetch; a shutdown may have to wait for it
+KEYS_REFETCH_INTERVAL_S = 30  # an unknown `kid`, which anyone can make up, causes no more fetches than this
+MAX_KEYS_BACKOFF_S = 60  # between attempts while the key server is down
+MAX_SECRET_BYTES = 8 * KIB  # a provider's key must fit into a header
 MAX_JOURNAL_QUEUE = 20_000  # records in memory, waiting for the journal's writer
+MAX_JOURNAL_BATCH = 1_000  # records in one write of the journal, about 600 KB
+MAX_SEGMENT_BYTES = 16 * MIB  # one file of the journal: what a shipper that fell behind deletes at a time
+MAX_SHIP_BYTES = 1 * MIB  # one transaction of the usage store, about 2,000 rows
 MAX_POLICY_BYTES = 1 * MIB

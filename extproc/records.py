@@ -222,13 +222,15 @@ class BudgetWindow:
 class HoldAsk:
     """What a request asks of the ledger: at best `ask`, and nothing under `least`.
 
-    `note` is stored beside the hold, so that a record can be written for a request whose processor died.
+    `used` is the first checkpoint: what the prompt costs once it is sent. `note` is stored beside the hold, so that a
+    record can be written for a request whose processor died.
     """
 
     request_id: str
     budgets: tuple[Budget, ...]
     ask: Amount
     least: Amount
+    used: Amount = NOTHING
     note: bytes = b""
 
 

@@ -1,0 +1,43 @@
+"""What every exchange at the gate is judged by: the policy and what follows from it, and the seams to the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from extproc.dialects import Dialect
+from extproc.identity import Identity
+from extproc.pricing import PriceBook
+from extproc.records import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time, injected. `now_ns` only measures; `wall_ms` dates records, and decides nothing about money."""
+
+    now_ns: Callable[[], int]
+    wall_ms: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One policy's worth of decisions. A reload makes another; exchanges under way keep the one they began with.
+
+    `dialects` is by exact path, and so the list of what is served. `providers` are those with a key and a dialect.
+    `unready` says in one line what the gateway cannot do without and lacks, or None. `factor` is the learned
+    billed ÷ counted of `provider/model`.
+    """
+
+    policy: Policy
+    identity: Identity
+    prices: PriceBook
+    dialects: Mapping[str, Dialect]
+    providers: frozenset[str]
+    counter: Callable[[str], Callable[[str], int]]
+    factor: Callable[[str], float]
+    redact: Callable[[bytes], bytes]
+    unready: Callable[[], str | None]
+    clock: Clock
+    lease_tokens: int
+    heartbeat_ms: int
+    admission_timeout_ms: int

@@ -44,6 +44,10 @@ MAX_LEDGER_QUEUE = 20_000  # commands waiting for Redis; above it a hold fails a
 SETTLED_RETENTION_S = 6 * 3600  # how long a settled id is remembered, so that a repeat changes nothing
 WINDOW_RETENTION_S = 3 * 24 * 3600  # how long a closed window's balance is kept, for late settlements and reports
 SWEEP_BATCH = 100  # expired holds posted by one run of the sweep
+MAX_LEDGER_CONNECTIONS = 8  # pipelines in flight; while all are, commands gather into fewer and cheaper ones
+MAX_LEDGER_SENDS = 3  # of one command: a lost reply, scripts to reload, a window that turned; more is an outage
+MAX_CACHED_MATCHES = 10_000  # callers whose budgets are remembered
+MAX_CACHED_WINDOWS = 1_000  # zones and kinds of windows whose current bounds are remembered
 
 # The processor --------------------------------------------------------------------------------------------------------
 MAX_VERIFIED_TOKENS = 10_000  # verified tokens remembered by hash

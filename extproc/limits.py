@@ -46,6 +46,7 @@ WINDOW_RETENTION_S = 3 * 24 * 3600  # how long a closed window's balance is kept
 SWEEP_BATCH = 100  # expired holds posted by one run of the sweep
 MAX_LEDGER_CONNECTIONS = 8  # pipelines in flight; while all are, commands gather into fewer and cheaper ones
 MAX_LEDGER_SENDS = 3  # of one command: a lost reply, scripts to reload, a window that turned; more is an outage
+MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, without its closing zero
 MAX_CACHED_MATCHES = 10_000  # callers whose budgets are remembered
 MAX_CACHED_WINDOWS = 1_000  # zones and kinds of windows whose current bounds are remembered
 
@@ -63,3 +64,7 @@ MAX_JOURNAL_BATCH = 1_000  # records in one write of the journal, about 600 KB
 MAX_SEGMENT_BYTES = 16 * MIB  # one file of the journal: what a shipper that fell behind deletes at a time
 MAX_SHIP_BYTES = 1 * MIB  # one transaction of the usage store, about 2,000 rows
 MAX_POLICY_BYTES = 1 * MIB
+MAX_POLICY_NODES = 100_000  # values in a policy, aliases expanded
+MAX_POLICY_DEPTH = 16  # the format needs 4
+POLICY_POLL_S = 1  # how soon a change of the policy file is seen
+MAX_CACHED_PRICES = 4_096  # resolved prices: model names come from callers

@@ -313,6 +313,7 @@ class Piece:
 
     `usage_only`: the event holds usage and no choices, and a caller that did not ask for it must not see it.
     `started` and `finished` are indices of choices. `done` is the dialect's closing event, `error` an error event.
+    `tool_call`: part of a call of a tool is in it, whose framing is billed and cannot be seen.
     """
 
     texts: tuple[str, ...] = ()
@@ -322,6 +323,7 @@ class Piece:
     finished: tuple[int, ...] = ()
     done: bool = False
     error: bool = False
+    tool_call: bool = False
     service_tier: str | None = None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from extproc.dialects.openai import OpenAIChat
 from extproc.errors import TollgateError
 from extproc.records import Answer, Call, Piece
 
@@ -29,3 +31,7 @@ class Dialect(Protocol):
 
     def render_error_event(self, error: TollgateError) -> bytes:
         """The same as one event of a stream, its closing blank line included."""
+
+
+# By exact path: what is not here is not served.
+DIALECTS: Mapping[str, Dialect] = MappingProxyType({"/v1/chat/completions": OpenAIChat()})

@@ -1,0 +1,140 @@
+"""Counts what a provider streams, event by event, and says at the end what the answer is billed.
+
+While a stream runs, its text is counted and multiplied by the model's factor (billed ÷ counted). Once it has ended,
+the provider's own figures are what counts, if it gave any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import ceil
+
+from extproc.dialects import Dialect
+from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_EVENT_BYTES
+from extproc.records import Metered, Piece, Target, Usage, UsageSource
+from extproc.sse import SseEvent, SseParser
+
+# Medians of billed ÷ counted over recorded streams, by what a model's or provider's name holds. First match.
+_STARTING_FACTORS = (("claude", 1 / 0.881), ("anthropic", 1 / 0.881), ("gemini", 1 / 0.933))
+
+
+def starting_factor(target: Target) -> float:
+    """Billed ÷ counted for a model about which nothing has been learned yet."""
+    name = f"{target.provider}/{target.model}".lower()
+    return next((factor for part, factor in _STARTING_FACTORS if part in name), 1.0)
+
+
+def count_texts(texts: Iterable[str], count: Callable[[str], int]) -> int:
+    """Tokens of all texts. Long ones are counted in slices, which may add a token at each cut but stays linear."""
+    total = 0
+    for text in texts:
+        if len(text) <= COUNT_SLICE_CHARS:
+            total += count(text)
+        else:
+            total += sum(count(text[i : i + COUNT_SLICE_CHARS]) for i in range(0, len(text), COUNT_SLICE_CHARS))
+    return total
+
+
+def final_usage(
+    reported: Usage | None, *, complete: bool, prompt_tokens: int, completion_tokens: int
+) -> tuple[Usage, UsageSource]:
+    """What an answer is billed: the provider's figures, else the counted ones (`prompt_tokens`, `completion_tokens`).
+
+    A stream that did not end may have reported usage before its last text. The larger figure is taken then.
+    """
+    if reported is None:
+        return Usage(prompt_tokens, completion_tokens), UsageSource.COUNTED
+    if complete or reported.completion >= completion_tokens:
+        return reported, UsageSource.PROVIDER
+    return replace(reported, completion=completion_tokens), UsageSource.COUNTED
+
+
+class StreamMeter:
+    """One stream. `feed` takes it apart and counts; what it returns is passed on, or kept back where `hidden`.
+
+    `count` gives a text's tokens, `factor` is billed ÷ counted. `hide_usage`: the caller did not ask for the chunk
+    that holds nothing but usage. `choices` is how many answers were asked for.
+    `feed` raises StreamTooLarge where one event is above `max_event_bytes`.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        count: Callable[[str], int],
+        factor: float,
+        *,
+        hide_usage: bool = True,
+        choices: int = 1,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+    ) -> None:
+        self.counted = 0
+        self.usage: Usage | None = None
+        self.errored = False
+        self.service_tier: str | None = None
+        self._dialect = dialect
+        self._count = count
+        self._factor = factor
+        self._hide_usage = hide_usage
+        self._choices = choices
+        self._parser = SseParser(max_event_bytes)
+        self._done = False
+        self._tool_call = False
+        self._started: set[int] = set()
+        self._finished: set[int] = set()
+
+    @property
+    def tokens(self) -> int:
+        """The running estimate of output tokens: counted text times the factor, rounded up."""
+        return ceil(self.counted * self._factor)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has come whole: closed by its dialect, or every choice finished (some never close)."""
+        return self._done or (self._started <= self._finished and len(self._finished) >= self._choices)
+
+    def feed(self, chunk: bytes) -> list[Metered]:
+        """The events that this chunk completes, in order. An event's beginning is held back until its end has come."""
+        return [self._meter(event) for event in self._parser.feed(chunk)]
+
+    def finish(self) -> bytes:
+        """The stream has ended: what is left of it, to be passed on. Mistral and Groq leave out the last line ends.
+
+        The remainder is read like an event, so that it is counted, and empty if the caller must not see it.
+        """
+        remainder = self._parser.finish()
+        events = SseParser(len(remainder) + 2).feed(remainder + b"\n\n")
+        return remainder if not any(self._meter(event).hidden for event in events) else b""
+
+    def learnable(self) -> tuple[int, int] | None:
+        """(counted, billed) where this stream says something about the model's factor, else None.
+
+        Not where some of what was billed could not be seen: reasoning, audio, a tool call's framing, a lost end.
+        """
+        usage = self.usage
+        if usage is None or not self.complete or self.errored:
+            return None
+        if usage.reasoning or usage.audio_completion or self._tool_call:
+            return None
+        if min(self.counted, usage.completion) < LEARN_MIN_TOKENS:
+            return None
+        return self.counted, usage.completion
+
+    def _meter(self, event: SseEvent) -> Metered:
+        if event.data is None:
+            return Metered(event.raw, False, self.tokens)
+        piece = self._dialect.read_event(event.data)
+        self._take(piece)
+        return Metered(event.raw, piece.usage_only and self._hide_usage, self.tokens)
+
+    def _take(self, piece: Piece) -> None:
+        self.counted += count_texts(piece.texts, self._count)
+        self._started.update(piece.started)
+        self._finished.update(piece.finished)
+        self._done = self._done or piece.done
+        self._tool_call = self._tool_call or piece.tool_call
+        self.errored = self.errored or piece.error
+        if piece.usage is not None:
+            self.usage = piece.usage
+        if piece.service_tier is not None:
+            self.service_tier = piece.service_tier

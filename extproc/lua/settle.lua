@@ -1,0 +1,38 @@
+#!lua flags=allow-oom
+-- settle: posts what a request really cost and releases its hold, once. The cost may exceed the hold and the limit:
+-- usage is a fact. It may run without free memory, since it leaves less behind than it found.
+--
+-- Where Redis lost the hold, the cost is posted to the windows that the caller brings. Where the hold expired, its
+-- checkpoint was posted already: the cost takes that figure's place.
+--
+-- KEYS  1 hold  2 due  3 orphans  4 windows' index  5.. windows
+-- ARGV  1, 2 actual nanousd, tokens  3.. windows in JSON
+--
+-- Returns 1, or 0 where it was settled before.
+
+local key, due, orphans, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local actual = { nanousd = integer(ARGV[1]), tokens = integer(ARGV[2]) }
+local windows = read_windows(5, 3)
+
+local hold = read_hold(key)
+if hold.state == 'settled' then
+  return 0
+elseif hold.state == 'open' then
+  post(hold, actual, negative(hold.held))
+elseif hold.state == 'expired' then
+  local difference = { nanousd = actual.nanousd - hold.used.nanousd, tokens = actual.tokens - hold.used.tokens }
+  post(hold, difference, { nanousd = 0, tokens = 0 })
+else
+  for _, window in ipairs(windows) do
+    add(window.key, 'posted', actual[window.unit])
+    describe(index, window)
+  end
+end
+
+-- Whoever settles also writes the usage record, so the orphan's is not needed any more.
+redis.call('HDEL', orphans, key)
+redis.call('ZREM', due, key)
+redis.call('DEL', key)
+redis.call('HSET', key, 'state', 'settled')
+redis.call('PEXPIRE', key, SETTLED_RETENTION_MS)
+return 1

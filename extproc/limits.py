@@ -67,5 +67,6 @@ MAX_POLICY_BYTES = 1 * MIB
 MAX_POLICY_NODES = 100_000  # values in a policy, aliases expanded
 MAX_POLICY_DEPTH = 16  # the format needs 4
 POLICY_POLL_S = 1  # how soon a change of the policy file is seen
-MAX_CACHED_TRAITS = 4_096  # models looked up in the catalogue, likewise
 MAX_CACHED_PRICES = 4_096  # resolved prices: model names come from callers
+MAX_CACHED_TRAITS = 4_096  # models looked up in the catalogue, likewise
+MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + MIB  # one ext_proc message: a whole request body and its frame

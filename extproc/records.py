@@ -297,7 +297,9 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one answer. `prompt` includes `cached_prompt`; `completion` includes `reasoning` and audio."""
+    """Tokens of one answer. `prompt` includes `cached_prompt` (read from the provider's cache), `cache_write_prompt`
+    (written to it, at a price of its own) and audio; `completion` includes `reasoning` and audio.
+    """
 
     prompt: int
     completion: int
@@ -305,6 +307,7 @@ class Usage:
     reasoning: int = 0
     audio_prompt: int = 0
     audio_completion: int = 0
+    cache_write_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,90 @@
+"""Which headers pass the gateway, in either direction, and how those that decide something are read.
+
+Both directions are allow-lists: a header that nobody thought of stays here. Names are in lower case, as Envoy's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from extproc.errors import BadRequest, TollgateError, Unauthenticated, UnsupportedMedia
+
+USER = "x-tollgate-user"
+PROVIDER = "x-llm-provider"
+
+# Envoy's own framing of the message (RFC 9112, 6). Only Envoy can change it.
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+
+# To a provider: what the body is, and the trace. Not `user-agent`, `x-stainless-*` or addresses, which describe the
+# caller; not `openai-beta`, `openai-organization` or `openai-project`, which change what the account does and pays.
+_TO_PROVIDER = _FRAMING | {"accept", "content-type", "traceparent", "tracestate"}
+
+# To a caller: what the body is and how long it took. Not `set-cookie`, `location` or `alt-svc`, which would lead it
+# past the gateway; not `x-ratelimit-*` or `openai-organization`, which describe the gateway's account; not the
+# provider's `x-request-id`, since the gateway sets its own.
+_TO_CALLER = _FRAMING | {
+    "cache-control",
+    "content-encoding",
+    "content-type",
+    "date",
+    "openai-processing-ms",
+    "retry-after",
+    "retry-after-ms",
+}
+
+# From a caller: names by which Envoy, Google's front ends and the gateway's own parts trust one another.
+_RESERVED_PREFIXES = ("x-tollgate-", "x-envoy-", "x-goog-", "x-forwarded-")
+
+# Headers that decide something: two values would leave it to chance which one counts.
+_SINGLE = frozenset({"authorization", "content-type", "content-encoding", USER, PROVIDER})
+
+
+def collect(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Name to value. A repeated header's values are joined by commas (RFC 9110, 5.3).
+
+    Raises BadRequest, or Unauthenticated for `authorization`, where one that decides something is repeated.
+    """
+    headers: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in headers:
+            headers[name] = value
+        elif name in _SINGLE:
+            raise _repeated(name)
+        else:
+            headers[name] += f", {value}"
+    return headers
+
+
+def reserved(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a caller's headers that only the gateway itself may set, to be removed before anything reads them."""
+    return tuple(name for name in names if name.startswith(_RESERVED_PREFIXES) and name != USER)
+
+
+def to_remove(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a request's headers that must not reach a provider, the caller's token among them."""
+    return _others(names, _TO_PROVIDER)
+
+
+def response_to_remove(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a provider's headers that must not reach a caller."""
+    return _others(names, _TO_CALLER)
+
+
+def require_json(content_type: str | None, content_encoding: str | None) -> None:
+    """Raises UnsupportedMedia for a body that is not plain JSON in UTF-8."""
+    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedMedia("a compressed body is not accepted: send it as it is", param="content-encoding")
+    kind, *parameters = (part.strip().lower() for part in (content_type or "").split(";"))
+    if kind != "application/json" or any(p not in ("", "charset=utf-8", 'charset="utf-8"') for p in parameters):
+        message = "the body must be JSON in UTF-8: send content-type: application/json"
+        raise UnsupportedMedia(message, param="content-type")
+
+
+def _others(names: Iterable[str], allowed: frozenset[str]) -> tuple[str, ...]:
+    """Each name once, in order, pseudo-headers (`:path`) left out: a name removed is removed with all its values."""
+    return tuple(name for name in dict.fromkeys(names) if name not in allowed and not name.startswith(":"))
+
+
+def _repeated(name: str) -> TollgateError:
+    kind = Unauthenticated if name == "authorization" else BadRequest
+    return kind(f"the header {name} must occur only once", code="repeated_header", param=name)

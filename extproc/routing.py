@@ -1,0 +1,47 @@
+"""Which targets a call goes to, in order: the policy's rule for its model, cut to what this gateway can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from extproc.errors import BadRequest, Unavailable
+from extproc.headers import PROVIDER
+from extproc.limits import MAX_ERROR_FIELD_CHARS
+from extproc.policy import ANY, most_specific
+from extproc.records import ModelRule, Policy, Route, Target
+
+
+def route(policy: Policy, call_model: str, forced_provider: str | None, providers: Collection[str]) -> Route:
+    """The route of a call for `call_model`. `providers` are those that this gateway speaks to.
+
+    `forced_provider` is the caller's `x-llm-provider`. Raises BadRequest (`model_not_found`, `provider_not_found`)
+    where the policy offers no such thing, Unavailable where it does and the gateway has no way there.
+    """
+    rule = most_specific(policy.models, call_model)
+    if rule is None:
+        message = f"the model {_shown(call_model)} is not offered by this gateway"
+        raise BadRequest(message, code="model_not_found", param="model")
+    targets = _targets(rule, call_model)
+    if forced_provider is not None:
+        targets = tuple(target for target in targets if target.provider == forced_provider)
+        if not targets:
+            message = f"the model {_shown(call_model)} is not offered from the provider that {PROVIDER} asks for"
+            raise BadRequest(message, code="provider_not_found", param=PROVIDER)
+    targets = tuple(target for target in targets if target.provider in providers)
+    if not targets:
+        raise Unavailable(f"no provider of the model {_shown(call_model)} can be reached from this gateway")
+    return Route(rule.pattern, targets)
+
+
+def rule_of(policy: Policy, way: Route) -> ModelRule | None:
+    """The rule that a route was made from, unless the policy has changed since."""
+    return next((rule for rule in policy.models if rule.pattern == way.name), None)
+
+
+def _targets(rule: ModelRule, call_model: str) -> tuple[Target, ...]:
+    return tuple(Target(target.provider, call_model) if target.model == ANY else target for target in rule.targets)
+
+
+def _shown(model: str) -> str:
+    """A caller's text, quoted in ASCII and bounded, since it comes back in an answer and in logs."""
+    return ascii(model[:MAX_ERROR_FIELD_CHARS])

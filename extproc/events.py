@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from extproc.records import Amount, BudgetWindow, Hold, HoldAsk, HoldRefusal, Lease, Settlement, UsageRecord
+from extproc.records import Amount, BudgetWindow, Hold, HoldAsk, HoldRefusal, Lease, Settlement, Target, UsageRecord
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -47,6 +47,13 @@ class ResponseBody:
 
     body: bytes
     end: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseTrailers:
+    """The provider ended its answer with trailers; the last chunk before them had no end."""
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ Event = (
     | RequestBody
     | ResponseHeaders
     | ResponseBody
+    | ResponseTrailers
     | KeysRefreshed
     | PromptCounted
     | HoldAnswered
@@ -135,6 +143,13 @@ class ForwardChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class DropTrailers:
+    """Let the response end, without these trailers."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """Answer the caller in the provider's stead. Ends the exchange with Envoy.
 
@@ -145,6 +160,10 @@ class Reply:
     headers: Headers = ()
     body: bytes = b""
     details: str = ""
+
+
+ASKS = (RequestHeaders, RequestBody, ResponseHeaders, ResponseBody, ResponseTrailers)  # Envoy's own messages
+ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, DropTrailers, Reply)
 
 
 # Commands to everything else ------------------------------------------------------------------------------------------
@@ -193,7 +212,7 @@ class Settle:
 class Learn:
     """Tell everybody how a count compared with the bill."""
 
-    model: str
+    target: Target
     counted: int
     billed: int
 
@@ -217,6 +236,7 @@ Command = (
     | ForwardRequest
     | ContinueResponse
     | ForwardChunk
+    | DropTrailers
     | Reply
     | RefreshKeys
     | CountPrompt

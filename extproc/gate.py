@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from extproc.dialects import Dialect
 from extproc.identity import Identity
 from extproc.pricing import PriceBook
-from extproc.records import Policy
+from extproc.records import Policy, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +23,18 @@ class Clock:
 class Gate:
     """One policy's worth of decisions. A reload makes another; exchanges under way keep the one they began with.
 
-    `dialects` is by exact path, and so the list of what is served. `providers` are those with a key and a dialect.
-    `unready` says in one line what the gateway cannot do without and lacks, or None. `factor` is the learned
-    billed ÷ counted of `provider/model`.
+    `dialects` is by exact path, and so the list of what is served. `providers` gives those with a key and a dialect.
+    `unready` says in one line what the gateway cannot do without and lacks, or None. `factor` is a target's
+    billed ÷ counted, as learned so far.
     """
 
     policy: Policy
     identity: Identity
     prices: PriceBook
     dialects: Mapping[str, Dialect]
-    providers: frozenset[str]
+    providers: Callable[[], frozenset[str]]
     counter: Callable[[str], Callable[[str], int]]
-    factor: Callable[[str], float]
+    factor: Callable[[Target], float]
     redact: Callable[[bytes], bytes]
     unready: Callable[[], str | None]
     clock: Clock

@@ -35,6 +35,9 @@ _TO_CALLER = _FRAMING | {
 # From a caller: names by which Envoy, Google's front ends and the gateway's own parts trust one another.
 _RESERVED_PREFIXES = ("x-tollgate-", "x-envoy-", "x-goog-", "x-forwarded-")
 
+# What is between the caller and the gateway: it goes no further than the gate.
+CALLERS_ONLY = ("authorization", "proxy-authorization", "x-serverless-authorization", "cookie", USER, PROVIDER)
+
 # Headers that decide something: two values would leave it to chance which one counts.
 _SINGLE = frozenset({"authorization", "content-type", "content-encoding", USER, PROVIDER})
 
@@ -73,10 +76,10 @@ def response_to_remove(names: Iterable[str]) -> tuple[str, ...]:
 def require_json(content_type: str | None, content_encoding: str | None) -> None:
     """Raises UnsupportedMedia for a body that is not plain JSON in UTF-8."""
     if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedMedia("a compressed body is not accepted: send it as it is", param="content-encoding")
+        raise UnsupportedMedia("A compressed body is not accepted: send it as it is.", param="content-encoding")
     kind, *parameters = (part.strip().lower() for part in (content_type or "").split(";"))
     if kind != "application/json" or any(p not in ("", "charset=utf-8", 'charset="utf-8"') for p in parameters):
-        message = "the body must be JSON in UTF-8: send content-type: application/json"
+        message = "The body must be JSON in UTF-8: send content-type: application/json."
         raise UnsupportedMedia(message, param="content-type")
 
 
@@ -87,4 +90,4 @@ def _others(names: Iterable[str], allowed: frozenset[str]) -> tuple[str, ...]:
 
 def _repeated(name: str) -> TollgateError:
     kind = Unauthenticated if name == "authorization" else BadRequest
-    return kind(f"the header {name} must occur only once", code="repeated_header", param=name)
+    return kind(f"The header {name} must occur only once.", code="repeated_header", param=name)

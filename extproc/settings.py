@@ -33,6 +33,7 @@ class Settings:
     secrets_dir: Path | None = None
     base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
     issuer_keys: Mapping[str, str] = field(default_factory=lambda: {"https://accounts.google.com": GOOGLE_ISSUER_KEYS})
+    added_issuers: tuple[str, ...] = ()
     namespace: str = "tollgate"
     lease_tokens: int = 100
     hold_ttl_ms: int = 60_000
@@ -59,6 +60,7 @@ class Settings:
                 for provider, default in PROVIDER_BASE_URLS.items()
             },
             issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
+            added_issuers=tuple(_issuer_keys(env)),
             namespace=env.get("TOLLGATE_NAMESPACE", "tollgate"),
             lease_tokens=_integer(env, "TOLLGATE_LEASE_TOKENS", 100, 1, 100_000),
             hold_ttl_ms=_integer(env, "TOLLGATE_HOLD_TTL_MS", 60_000, 500, 3_600_000),

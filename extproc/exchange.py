@@ -1,0 +1,781 @@
+"""The state machine of one HTTP request at the gate: events in, commands out. It waits for nothing and calls no one.
+
+`TRANSITIONS`, at the end, is the whole protocol: a pair that is not in it breaks the order, and ends the gRPC stream
+with an error, because Envoy lets traffic through when a processor ends its stream cleanly.
+
+    START ─► IDENTIFYING ─► BODY ─► COUNTING ─► HOLDING ─► SENT ─► STREAMING ⇄ WAITING ─► CUTTING ─► DONE
+                                                              ├──► ANSWERING (a whole JSON answer) ──► DONE
+                                                              └──► FAILING (an error's body) ────────► DONE
+
+A stream's chunk is forwarded only as far as the hold covers it. Beyond that it waits for the ledger, which is asked
+ahead of need, and is cut on the ledger's refusal. What was received is what is posted, forwarded or not: the provider
+bills it all the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum, auto
+from typing import Any
+
+import orjson
+
+from extproc import budget, headers, limits
+from extproc.allowance import Allowance
+from extproc.dialects import Dialect
+from extproc.dialects.openai import OpenAIChat
+from extproc.errors import (
+    BadRequest,
+    BudgetExhausted,
+    MethodNotAllowed,
+    NotFound,
+    ProtocolViolation,
+    RequestTooLarge,
+    StreamTooLarge,
+    TollgateError,
+    Unauthenticated,
+    Unavailable,
+    UpstreamFailure,
+)
+from extproc.events import (
+    ANSWERS,
+    ASKS,
+    Closed,
+    Command,
+    ContinueRequest,
+    ContinueResponse,
+    CountPrompt,
+    DropTrailers,
+    Event,
+    ExtendLease,
+    ForwardChunk,
+    ForwardRequest,
+    Headers,
+    HoldAnswered,
+    KeysRefreshed,
+    Learn,
+    LeaseAnswered,
+    PlaceHold,
+    PromptCounted,
+    RefreshKeys,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    SetTimer,
+    Settle,
+    TimerFired,
+    WriteRecord,
+)
+from extproc.gate import Gate
+from extproc.identity import UnknownKey
+from extproc.metering import StreamMeter, count_texts, final_usage
+from extproc.plan import Plan, make_plan
+from extproc.records import (
+    NOTHING,
+    Amount,
+    Hold,
+    HoldAsk,
+    HoldRefusal,
+    Lease,
+    Metered,
+    Outcome,
+    Principal,
+    Settlement,
+    Usage,
+    UsageRecord,
+    UsageSource,
+)
+
+ROUTE_HEADER = "x-tollgate-internal-route"
+ATTEMPTS_HEADER = "x-envoy-attempt-count"
+CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before there was a status
+
+_JSON = ("content-type", "application/json")
+_HEALTH_PATH = "/healthz"
+_DEFAULT_DIALECT = OpenAIChat()
+
+
+NOBODY = Principal(email="", service=None, team=None, user=None)
+NO_HOLD = Hold(request_id="", windows=(), held=NOTHING)
+
+
+class State(Enum):
+    """Where an exchange stands."""
+
+    START = auto()
+    IDENTIFYING = auto()
+    BODY = auto()
+    COUNTING = auto()
+    HOLDING = auto()
+    ABANDONED = auto()
+    SENT = auto()
+    STREAMING = auto()
+    WAITING = auto()
+    ANSWERING = auto()
+    FAILING = auto()
+    CUTTING = auto()
+    DONE = auto()
+
+
+class Exchange:
+    """One request, from its headers to its record. Feed it events in the order in which they happen."""
+
+    __slots__ = (
+        "_allowance",
+        "_answer",
+        "_asked_ns",
+        "_attempts",
+        "_backlog",
+        "_begun_ns",
+        "_blame",
+        "_dialect",
+        "_end",
+        "_extending",
+        "_first_ns",
+        "_fresh",
+        "_gate",
+        "_headers",
+        "_hold",
+        "_meter",
+        "_out",
+        "_overhead_ns",
+        "_plan",
+        "_principal",
+        "_queue",
+        "_request_id",
+        "_sent_ns",
+        "_state",
+        "_status",
+    )
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._state = State.START
+        self._dialect: Dialect = _DEFAULT_DIALECT
+        self._headers: dict[str, str] = {}
+        self._request_id = ""
+        self._principal: Principal = NOBODY
+        self._plan: Plan | None = None
+        self._allowance: Allowance
+        self._hold: Hold = NO_HOLD
+        self._meter: StreamMeter
+        self._backlog: list[Metered] = []
+        self._out: list[bytes] = []
+        self._queue: deque[ResponseBody] = deque()  # chunks that came while one waits for the ledger
+        self._answer = bytearray()
+        self._end = False
+        self._extending = False  # an extension is under way
+        self._fresh = False  # … and was asked for after the stream ran into its hold
+        self._blame: TollgateError = UpstreamFailure("The provider's answer ended early.")
+        self._status = 0
+        self._attempts = 0
+        self._begun_ns = 0
+        self._sent_ns = 0
+        self._first_ns = 0
+        self._overhead_ns = 0
+        self._asked_ns = 0
+
+    @property
+    def state(self) -> State:
+        """Where the exchange stands, for the shell and for tests."""
+        return self._state
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take one event; return what the shell must do, in order.
+
+        Raises ProtocolViolation where the event cannot come in this state.
+        """
+        step = TRANSITIONS.get((self._state, type(event)))
+        if step is None:
+            raise ProtocolViolation(f"{type(event).__name__} in {self._state.name}")
+        if not self._asked_ns and isinstance(event, ASKS):
+            self._asked_ns = self._gate.clock.now_ns()
+        try:
+            commands = step(self, event)
+        except TollgateError as error:
+            commands = self._refuse(error)
+        if self._asked_ns and commands and isinstance(commands[0], ANSWERS):
+            self._overhead_ns += self._gate.clock.now_ns() - self._asked_ns
+            self._asked_ns = 0
+        return commands
+
+    # --- The request --------------------------------------------------------------------------------------------------
+
+    def _on_request_headers(self, event: RequestHeaders) -> list[Command]:
+        self._begun_ns = self._asked_ns
+        self._request_id, path, method = _request_line(event.headers)
+        if path == _HEALTH_PATH:
+            return self._health()
+        if path not in self._gate.dialects:
+            raise NotFound(f"There is nothing at this path. Served here: {', '.join(sorted(self._gate.dialects))}.")
+        self._dialect = self._gate.dialects[path]
+        if method != "POST":
+            raise MethodNotAllowed("This path takes POST only.")
+        if not self._request_id:
+            raise ProtocolViolation("a request without an id")
+        self._headers = headers.collect(event.headers)
+        if (lacking := self._gate.unready()) is not None:
+            raise Unavailable(f"The gateway cannot take requests now: {lacking}.")
+        return self._identify(event.end)
+
+    def _identify(self, end: bool) -> list[Command]:
+        try:
+            authorization = self._headers.get("authorization")
+            self._principal = self._gate.identity.principal(
+                () if authorization is None else (authorization,), self._headers.get(headers.USER)
+            )
+        except UnknownKey as error:
+            if self._state is State.IDENTIFYING:
+                raise
+            self._end = end
+            self._state = State.IDENTIFYING
+            return [RefreshKeys(error.issuer), SetTimer(self._gate.admission_timeout_ms)]
+        return self._await_body(end)
+
+    def _on_keys_refreshed(self, _: KeysRefreshed) -> list[Command]:
+        return self._identify(self._end)
+
+    def _await_body(self, end: bool) -> list[Command]:
+        headers.require_json(self._headers.get("content-type"), self._headers.get("content-encoding"))
+        length = self._headers.get("content-length")
+        if length is not None and length.isdigit() and int(length[:20]) > limits.MAX_REQUEST_BYTES:
+            raise RequestTooLarge(f"The request is larger than {limits.MAX_REQUEST_BYTES // limits.MIB} MiB.")
+        if end:
+            raise BadRequest("The request has no body.")
+        self._state = State.BODY
+        return [ContinueRequest()]
+
+    def _on_request_body(self, event: RequestBody) -> list[Command]:
+        forced_provider = self._headers.get(headers.PROVIDER)
+        self._plan = plan = make_plan(self._gate, self._dialect, self._principal, event.body, forced_provider)
+        texts = plan.call.prompt_texts
+        if sum(map(len, texts)) > limits.INLINE_COUNT_CHARS:
+            self._state = State.COUNTING
+            return [CountPrompt(texts, plan.traits.encoding), SetTimer(self._gate.admission_timeout_ms)]
+        return self._place_hold(count_texts(texts, self._counter()))
+
+    def _on_prompt_counted(self, event: PromptCounted) -> list[Command]:
+        return self._place_hold(event.tokens)
+
+    def _place_hold(self, prompt_text_tokens: int) -> list[Command]:
+        plan = self._admitted
+        self._allowance = allowance = Allowance(
+            plan.price,
+            prompt_text_tokens + plan.call.prompt_extra,
+            plan.cap * plan.call.choices,
+            self._gate.lease_tokens,
+        )
+        self._state = State.HOLDING
+        ask = HoldAsk(
+            request_id=self._request_id,
+            budgets=plan.budgets,
+            ask=allowance.lease(0) if plan.cuttable else allowance.whole(),
+            least=allowance.used(1) if plan.cuttable else allowance.whole(),
+            used=allowance.used(0),
+            note=self._note(),
+        )
+        return [PlaceHold(ask), SetTimer(self._gate.admission_timeout_ms)]
+
+    def _on_hold_answered(self, event: HoldAnswered) -> list[Command]:
+        answer = event.answer
+        if isinstance(answer, HoldRefusal):
+            raise budget.refusal(answer)
+        if answer is None:
+            return [*self._refuse(Unavailable("The budget could not be checked in time.")), *self._release()]
+        self._hold = answer
+        self._allowance.grant(answer.held)
+        self._state = State.SENT
+        self._sent_ns = self._gate.clock.now_ns()
+        return [self._forward_request(), SetTimer(self._gate.heartbeat_ms)]
+
+    def _forward_request(self) -> ForwardRequest:
+        plan = self._admitted
+        body = self._dialect.upstream_body(plan.call, plan.target.model, plan.sent_cap)
+        return ForwardRequest(
+            body,
+            set_headers=((ROUTE_HEADER, plan.target.provider), _JSON, ("content-length", str(len(body)))),
+            remove_headers=headers.CALLERS_ONLY,  # the target removes the rest; Envoy still routes by some of it
+        )
+
+    def _on_admission_timeout(self, _: TimerFired) -> list[Command]:
+        unresolved = self._state is State.HOLDING
+        commands = self._refuse(Unavailable("The gateway could not decide in time."))
+        if unresolved:
+            self._state = State.ABANDONED
+        return commands
+
+    def _on_abandoned_hold(self, event: HoldAnswered) -> list[Command]:
+        """The caller left, or time ran out, before the ledger answered: what it granted goes back."""
+        self._state = State.DONE
+        if isinstance(event.answer, HoldRefusal):
+            return []
+        self._hold = event.answer or NO_HOLD
+        return self._release()
+
+    # --- The response -------------------------------------------------------------------------------------------------
+
+    def _on_response_headers(self, event: ResponseHeaders) -> list[Command]:
+        view = headers.collect(event.headers)
+        self._status = int(view.get(":status") or 0)
+        self._attempts = int(view.get(ATTEMPTS_HEADER) or 1)
+        encoding = (view.get("content-encoding") or "identity").strip().lower()
+        if self._status in (401, 403) or 300 <= self._status < 400:
+            return self._replace_answer(UpstreamFailure("The provider did not accept the gateway's request."))
+        if not 200 <= self._status < 300:
+            return self._begin_failure(view, event.end)
+        if encoding != "identity":
+            return self._replace_answer(UpstreamFailure("The provider sent a compressed answer, which is not metered."))
+        if event.end:
+            return self._replace_answer(UpstreamFailure("The provider's answer is empty."))
+        return self._begin_answer(view)
+
+    def _begin_answer(self, view: dict[str, str]) -> list[Command]:
+        plan = self._admitted
+        removed = headers.response_to_remove(view)
+        content_type = (view.get("content-type") or "").partition(";")[0].strip().lower()
+        if content_type == "text/event-stream":
+            self._state = State.STREAMING
+            self._meter = StreamMeter(
+                self._dialect,
+                self._counter(),
+                self._gate.factor(plan.target),
+                choices=plan.call.choices,
+                hide_usage=not plan.call.wants_usage,
+            )
+            removed += ("content-length",)
+        else:
+            self._state = State.ANSWERING
+        warning = tuple(("x-tollgate-budget", f"over its soft limit: {name}") for name in self._hold.over[:1])
+        return [ContinueResponse(set_headers=warning, remove_headers=removed)]
+
+    def _on_answer_chunk(self, event: ResponseBody) -> list[Command]:
+        self._mark_first()
+        if len(self._answer) + len(event.body) <= limits.MAX_ANSWER_BYTES:
+            self._answer += event.body
+        commands: list[Command] = [ForwardChunk()]
+        if event.end:
+            usage, source, tier = self._answer_usage()
+            commands += self._finish(Outcome.OK, usage, source, tier)
+        return commands
+
+    def _answer_usage(self) -> tuple[Usage, UsageSource, str | None]:
+        try:
+            answer = self._dialect.read_answer(bytes(self._answer))
+        except ValueError:
+            # Not an answer that can be read: count all of it, which is at least what it holds.
+            tokens = count_texts((self._answer.decode("utf-8", "replace"),), self._counter())
+            return self._counted_usage(tokens), UsageSource.COUNTED, None
+        if answer.usage is not None:
+            return answer.usage, UsageSource.PROVIDER, answer.service_tier
+        return self._counted_usage(count_texts(answer.texts, self._counter())), UsageSource.COUNTED, answer.service_tier
+
+    # --- An answer that failed ----------------------------------------------------------------------------------------
+
+    def _begin_failure(self, view: dict[str, str], end: bool) -> list[Command]:
+        """An error's body is kept back until it is whole, so that no secret passes in two halves."""
+        self._state = State.FAILING
+        removed = (*headers.response_to_remove(view), "content-length")
+        commands: list[Command] = [ContinueResponse(remove_headers=removed)]
+        if end:
+            commands += self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
+        return commands
+
+    def _on_error_chunk(self, event: ResponseBody) -> list[Command]:
+        if len(self._answer) + len(event.body) <= limits.MAX_ERROR_BYTES:
+            self._answer += event.body
+        if not event.end:
+            return [ForwardChunk(b"")]
+        body = self._gate.redact(bytes(self._answer))
+        return [
+            ForwardChunk(body),
+            *self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER),
+        ]
+
+    def _replace_answer(self, error: TollgateError) -> list[Command]:
+        """The provider's answer does not go on. What it may have billed for it is posted as far as it is known."""
+        failed = not 200 <= self._status < 300
+        usage = Usage(0, 0) if failed else self._counted_usage(self._unseen_tokens())
+        self._status = error.status
+        reply = Reply(error.status, self._error_headers(error), self._dialect.render_error(error), error.code)
+        return [reply, *self._finish(Outcome.UPSTREAM_ERROR, usage, UsageSource.COUNTED)]
+
+    # --- The stream ---------------------------------------------------------------------------------------------------
+
+    def _on_chunk(self, event: ResponseBody) -> list[Command]:
+        self._end = event.end
+        try:
+            self._backlog = self._meter.feed(event.body)
+        except StreamTooLarge:
+            self._backlog = []
+            return self._cut(UpstreamFailure("The provider's stream has an event that is too long."))
+        if self._backlog and not self._first_ns:
+            self._mark_first()
+        return self._forward(event.body)
+
+    def _forward(self, original: bytes | None) -> list[Command]:
+        """Pass on what the hold covers. What it does not waits in the backlog for the ledger."""
+        backlog, out, covered = self._backlog, self._out, self._allowance.covered
+        for position, metered in enumerate(backlog):
+            if metered.tokens > covered:
+                self._backlog = backlog[position:]
+                self._state = State.WAITING
+                return [] if self._extending else self._extend(fresh=True)
+            if not metered.hidden:
+                out.append(metered.raw)
+        self._state = State.STREAMING
+        if self._end:
+            return self._end_stream()
+        commands: list[Command] = [self._chunk(original)]
+        if not self._extending and self._allowance.runs_low(self._meter.tokens):
+            commands += self._extend(fresh=False)
+        return commands
+
+    def _chunk(self, original: bytes | None) -> ForwardChunk:
+        body = b"".join(self._out)
+        self._out = []
+        self._backlog = []
+        return _UNCHANGED if body == original else ForwardChunk(body)
+
+    def _extend(self, fresh: bool) -> list[Command]:
+        self._extending, self._fresh = True, fresh
+        tokens = self._tokens_so_far()
+        target = self._allowance.lease(tokens)
+        held = self._allowance.held
+        return [
+            ExtendLease(
+                self._request_id,
+                self._hold.windows,
+                self._allowance.used(tokens),
+                Amount(max(target.nanousd, held.nanousd), max(target.tokens, held.tokens)),
+            )
+        ]
+
+    def _on_lease_answered(self, event: LeaseAnswered) -> list[Command]:
+        self._extending = False
+        if event.lease is not None:
+            self._allowance.grant(NOTHING if event.lease.gone else event.lease.held)
+        return []
+
+    def _on_awaited_lease(self, event: LeaseAnswered) -> list[Command]:
+        """The stream stands still until this answer. Only one to a question asked since then can cut it."""
+        was_fresh = self._fresh
+        self._on_lease_answered(event)
+        if event.lease is not None and not event.lease.gone:
+            commands = self._forward(None)
+            if self._state is not State.WAITING:
+                return commands + self._catch_up()
+            if not was_fresh:
+                return commands
+        elif not was_fresh:
+            return self._extend(fresh=True)
+        self._extending = False
+        return self._cut(_cut_error(event.lease))
+
+    def _on_queued_chunk(self, event: ResponseBody) -> list[Command]:
+        """Envoy does not wait for one chunk's answer before it sends the next; the answers keep their order."""
+        self._queue.append(event)
+        return []
+
+    def _catch_up(self) -> list[Command]:
+        commands: list[Command] = []
+        while self._queue and self._state is State.STREAMING:
+            commands += self._on_chunk(self._queue.popleft())
+        return commands
+
+    def _end_stream(self) -> list[Command]:
+        rest = self._meter.finish()
+        if self._meter.complete or self._meter.errored:
+            self._out.append(rest)
+            outcome = Outcome.UPSTREAM_ERROR if self._meter.errored else Outcome.OK
+        else:
+            self._out.append(self._dialect.render_error_event(UpstreamFailure("The provider's stream ended early.")))
+            outcome = Outcome.UPSTREAM_ERROR
+        return [self._chunk(None), *self._finish_stream(outcome)]
+
+    def _on_trailers(self, event: ResponseTrailers) -> list[Command]:
+        """The end of an answer whose last chunk did not say so. Too late to add to the body: what lacks is a reset."""
+        self._end = True
+        if self._state is State.ANSWERING:
+            return [DropTrailers(event.names), *self._finish(Outcome.OK, *self._answer_usage())]
+        if self._state is State.STREAMING and self._meter.complete and not self._meter.finish():
+            return [DropTrailers(event.names), *self._finish_stream(Outcome.OK)]
+        if self._state is State.FAILING:
+            return [
+                Reply(self._blame.status, details=self._blame.code),
+                *self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER),
+            ]
+        return self._reset()
+
+    def _cut(self, error: TollgateError) -> list[Command]:
+        """Tell the caller, then wait a moment for the event to reach it, then reset both sides."""
+        self._blame = error
+        self._out.append(self._dialect.render_error_event(error))
+        commands: list[Command] = [self._chunk(None)]
+        if self._end:
+            return [*commands, *self._finish_stream(self._cut_outcome())]
+        self._state = State.CUTTING
+        return [*commands, SetTimer(limits.CUT_FLUSH_MS)]
+
+    def _on_late_chunk(self, event: ResponseBody) -> list[Command]:
+        """What still arrives of a stream that is being cut is counted, and goes no further."""
+        try:
+            self._meter.feed(event.body)
+        except StreamTooLarge:
+            return self._reset()
+        return self._reset() if event.end else []
+
+    def _on_flushed(self, _: TimerFired) -> list[Command]:
+        return self._reset()
+
+    def _reset(self) -> list[Command]:
+        reply = Reply(self._blame.status, details=self._blame.code)
+        return [reply, *self._finish_stream(self._cut_outcome())]
+
+    def _cut_outcome(self) -> Outcome:
+        return Outcome.UPSTREAM_ERROR if isinstance(self._blame, UpstreamFailure) else Outcome.CUT
+
+    # --- Heartbeat: a hold must not expire under a request that is only slow ------------------------------------------
+
+    def _on_heartbeat(self, _: TimerFired) -> list[Command]:
+        beat: list[Command] = [SetTimer(self._gate.heartbeat_ms)]
+        return beat if self._extending else [*self._extend(fresh=False), *beat]
+
+    # --- The end ------------------------------------------------------------------------------------------------------
+
+    def _on_closed(self, _: Closed) -> list[Command]:
+        """Envoy is done with the request. Before its own end: the caller left, or the provider's connection broke."""
+        commands: list[Command] = []
+        match self._state:
+            case State.IDENTIFYING | State.BODY | State.COUNTING:
+                commands = self._write(Outcome.CLIENT_GONE, CLIENT_GONE_STATUS)
+            case State.HOLDING:
+                commands = self._write(Outcome.CLIENT_GONE, CLIENT_GONE_STATUS)
+                self._state = State.ABANDONED
+            case State.SENT | State.ANSWERING:
+                self._status = self._status or CLIENT_GONE_STATUS
+                usage = self._counted_usage(self._unseen_tokens())
+                commands = self._finish(Outcome.CLIENT_GONE, usage, UsageSource.COUNTED)
+            case State.STREAMING | State.WAITING:
+                commands = self._finish_stream(Outcome.OK if self._has_everything() else Outcome.CLIENT_GONE)
+            case State.CUTTING:
+                commands = self._finish_stream(self._cut_outcome())
+            case State.FAILING:
+                commands = self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
+        return commands
+
+    def _has_everything(self) -> bool:
+        """Clients hang up at the closing event, before the provider's connection has ended."""
+        return self._state is State.STREAMING and self._meter.complete and self._meter.usage is not None
+
+    def _finish_stream(self, outcome: Outcome) -> list[Command]:
+        meter = self._meter
+        while self._queue:
+            meter.feed(self._queue.popleft().body)  # came too late to be passed on, and is billed all the same
+        usage, source = final_usage(
+            meter.usage,
+            complete=meter.complete,
+            prompt_tokens=self._allowance.prompt_tokens,
+            completion_tokens=self._tokens_so_far(),
+        )
+        commands = self._finish(outcome, usage, source, meter.service_tier)
+        if (lesson := meter.learnable()) is not None:
+            commands.append(Learn(self._admitted.target, *lesson))
+        return commands
+
+    def _finish(
+        self, outcome: Outcome, usage: Usage, source: UsageSource, service_tier: str | None = None
+    ) -> list[Command]:
+        plan = self._admitted
+        price = plan.price if service_tier is None else self._gate.prices.price(plan.target, service_tier)
+        billed = usage.prompt or usage.completion
+        cost_nanousd = price.cost(usage, int(plan.call.web_search)) if billed else 0
+        actual = Amount(cost_nanousd, usage.prompt + usage.completion)
+        return [
+            Settle(Settlement(self._request_id, self._hold.windows, actual)),
+            *self._write(outcome, self._status, usage, source, cost_nanousd),
+        ]
+
+    def _refuse(self, error: TollgateError) -> list[Command]:
+        if isinstance(error, BudgetExhausted):
+            self._blame = error
+        reply = Reply(error.status, self._error_headers(error), self._dialect.render_error(error), error.code)
+        return [reply, *self._write(Outcome.REFUSED, error.status)]
+
+    def _release(self) -> list[Command]:
+        """Give a hold back whole: nothing of the request was sent."""
+        return [Settle(Settlement(self._request_id, self._hold.windows, NOTHING))]
+
+    def _health(self) -> list[Command]:
+        self._state = State.DONE
+        lacking = self._gate.unready()
+        status = 200 if lacking is None else 503
+        return [Reply(status, (_JSON,), orjson.dumps({"ready": lacking is None, "lacking": lacking}), "health")]
+
+    # --- Figures ------------------------------------------------------------------------------------------------------
+
+    def _mark_first(self) -> None:
+        self._first_ns = self._first_ns or self._gate.clock.now_ns()
+
+    def _counter(self) -> Callable[[str], int]:
+        return self._gate.counter(self._admitted.traits.encoding)
+
+    def _counted_usage(self, completion: int) -> Usage:
+        return Usage(self._allowance.prompt_tokens, completion)
+
+    def _tokens_so_far(self) -> int:
+        """Output tokens by the best knowledge there is before the provider's own figure."""
+        if self._state in (State.SENT, State.ANSWERING, State.FAILING):
+            return self._unseen_tokens()
+        return min(self._meter.tokens + self._thought_tokens(), max(self._allowance.cap, self._meter.tokens))
+
+    def _unseen_tokens(self) -> int:
+        """What a provider may have written that nobody saw: a whole answer, or the thoughts before a stream."""
+        if self._admitted.cuttable:
+            return 0
+        return self._written_by(self._gate.clock.now_ns())
+
+    def _thought_tokens(self) -> int:
+        return self._written_by(self._first_ns) if self._admitted.traits.reasoning and self._first_ns else 0
+
+    def _written_by(self, now_ns: int) -> int:
+        elapsed_ms = (now_ns - self._sent_ns) // 1_000_000
+        return min(
+            elapsed_ms * limits.ABANDONED_TOKENS_PER_S * self._admitted.call.choices // 1000, self._allowance.cap
+        )
+
+    @property
+    def _admitted(self) -> Plan:
+        if self._plan is None:
+            raise ProtocolViolation("nothing was planned yet")
+        return self._plan
+
+    def _error_headers(self, error: TollgateError) -> Headers:
+        pairs = [_JSON]
+        if error.retry_after_s is not None:
+            pairs.append(("retry-after", str(error.retry_after_s)))
+        if isinstance(error, BudgetExhausted):
+            pairs.append(
+                ("x-should-retry", "false")
+            )  # OpenAI's clients heed it; the balance will not change in seconds
+        if isinstance(error, Unauthenticated):
+            pairs.append(("www-authenticate", "Bearer"))
+        if isinstance(error, MethodNotAllowed):
+            pairs.append(("allow", "POST"))
+        return tuple(pairs)
+
+    # --- The record ---------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        outcome: Outcome,
+        status: int,
+        usage: Usage = Usage(0, 0),  # noqa: B008 (frozen)
+        source: UsageSource = UsageSource.COUNTED,
+        cost_nanousd: int = 0,
+    ) -> list[Command]:
+        self._state = State.DONE
+        return [WriteRecord(self._record(outcome, status, usage, source, cost_nanousd))]
+
+    def _note(self) -> bytes:
+        """The record as it would be if this processor died now; the ledger adds what its last checkpoint says."""
+        usage = self._counted_usage(0)
+        return orjson.dumps(self._record(Outcome.UPSTREAM_ERROR, 0, usage, UsageSource.COUNTED, 0))
+
+    def _record(
+        self, outcome: Outcome, status: int, usage: Usage, source: UsageSource, cost_nanousd: int
+    ) -> UsageRecord:
+        plan, principal, clock = self._plan, self._principal, self._gate.clock
+        now_ns = clock.now_ns()
+        duration_ms = (now_ns - self._begun_ns) // 1_000_000
+        blamed = self._blame.budget_id if isinstance(self._blame, BudgetExhausted) else None
+        return UsageRecord(
+            request_id=self._request_id,
+            ts=datetime.fromtimestamp((clock.wall_ms() - duration_ms) / 1000, UTC).isoformat(timespec="milliseconds"),
+            service=principal.service,
+            user=principal.user,
+            team=principal.team,
+            requested_model=plan.call.model if plan else None,
+            provider=plan.target.provider if plan else None,
+            model=plan.target.model if plan else None,
+            route=plan.route.name if plan else None,
+            attempts=self._attempts,
+            stream=plan.call.stream if plan else False,
+            status=status,
+            outcome=outcome,
+            prompt_tokens=usage.prompt,
+            cached_prompt_tokens=usage.cached_prompt,
+            completion_tokens=usage.completion,
+            reasoning_tokens=usage.reasoning,
+            usage_source=source,
+            cost_nanousd=cost_nanousd,
+            price_version=plan.price.version if plan else None,
+            ttft_ms=(self._first_ns - self._begun_ns) // 1_000_000 if self._first_ns else None,
+            duration_ms=duration_ms,
+            overhead_us=(self._overhead_ns + (now_ns - self._asked_ns if self._asked_ns else 0)) // 1000,
+            budget_id=blamed or (plan.budgets[0].id if plan and plan.budgets else None),
+        )
+
+
+_UNCHANGED = ForwardChunk()
+
+
+def _request_line(pairs: Headers) -> tuple[str, str, str]:
+    """(request id, path without its query, method), before anything of the caller's is judged."""
+    wanted = {name: value for name, value in pairs if name in ("x-request-id", ":path", ":method")}
+    return wanted.get("x-request-id", ""), wanted.get(":path", "").partition("?")[0], wanted.get(":method", "")
+
+
+def _cut_error(lease: Lease | None) -> TollgateError:
+    if lease is None:
+        return Unavailable("The budget could not be extended in time, and what was held is used up.")
+    if lease.gone or lease.limited_by is None:
+        return Unavailable("The budget's hold is gone.")
+    return budget.cut(lease.limited_by)
+
+
+def _ignore(_: Exchange, __: Any) -> list[Command]:
+    return []
+
+
+Step = Callable[[Exchange, Any], list[Command]]
+
+# The whole protocol. `Closed` may come at any time.
+TRANSITIONS: dict[tuple[State, type[Event]], Step] = {
+    (State.START, RequestHeaders): Exchange._on_request_headers,
+    (State.IDENTIFYING, KeysRefreshed): Exchange._on_keys_refreshed,
+    (State.IDENTIFYING, TimerFired): Exchange._on_admission_timeout,
+    (State.BODY, RequestBody): Exchange._on_request_body,
+    (State.BODY, TimerFired): _ignore,
+    (State.COUNTING, PromptCounted): Exchange._on_prompt_counted,
+    (State.COUNTING, TimerFired): Exchange._on_admission_timeout,
+    (State.HOLDING, HoldAnswered): Exchange._on_hold_answered,
+    (State.HOLDING, TimerFired): Exchange._on_admission_timeout,
+    (State.ABANDONED, HoldAnswered): Exchange._on_abandoned_hold,
+    (State.ABANDONED, TimerFired): _ignore,
+    (State.SENT, ResponseHeaders): Exchange._on_response_headers,
+    (State.STREAMING, ResponseBody): Exchange._on_chunk,
+    (State.WAITING, ResponseBody): Exchange._on_queued_chunk,
+    (State.ANSWERING, ResponseBody): Exchange._on_answer_chunk,
+    (State.FAILING, ResponseBody): Exchange._on_error_chunk,
+    (State.WAITING, LeaseAnswered): Exchange._on_awaited_lease,
+    (State.CUTTING, ResponseBody): Exchange._on_late_chunk,
+    (State.CUTTING, TimerFired): Exchange._on_flushed,
+    (State.CUTTING, LeaseAnswered): _ignore,
+    # Answers that come after the end.
+    (State.DONE, KeysRefreshed): _ignore,
+    (State.DONE, PromptCounted): _ignore,
+    (State.DONE, LeaseAnswered): _ignore,
+    (State.DONE, TimerFired): _ignore,
+    **{(state, ResponseTrailers): Exchange._on_trailers for state in (State.STREAMING, State.WAITING)},
+    **{(state, ResponseTrailers): Exchange._on_trailers for state in (State.ANSWERING, State.FAILING)},
+    **{(state, LeaseAnswered): Exchange._on_lease_answered for state in (State.SENT, State.STREAMING)},
+    **{(state, LeaseAnswered): Exchange._on_lease_answered for state in (State.ANSWERING, State.FAILING)},
+    **{(state, TimerFired): Exchange._on_heartbeat for state in (State.SENT, State.STREAMING, State.WAITING)},
+    **{(state, TimerFired): Exchange._on_heartbeat for state in (State.ANSWERING, State.FAILING)},
+    **{(state, Closed): Exchange._on_closed for state in State},
+}

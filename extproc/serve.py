@@ -1,0 +1,223 @@
+"""The processor: builds every part from the settings, wires them, runs them, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import uvloop
+
+from extproc import tokens
+from extproc.dialects import DIALECTS
+from extproc.errors import LedgerUnavailable
+from extproc.exchange import Exchange
+from extproc.gate import Clock, Gate
+from extproc.health import HealthServer
+from extproc.identity import Identity
+from extproc.journal import Journal
+from extproc.keys import KeyStore
+from extproc.ledger import Ledger
+from extproc.limits import MIB
+from extproc.metering import count_texts, starting_factor
+from extproc.policy import parse_policy
+from extproc.policy_file import PolicyFile
+from extproc.pricing import PriceBook
+from extproc.records import IdentityRules, Policy, Target
+from extproc.redaction import Redactor
+from extproc.secrets import EnvironmentSource, FileSource, SecretStore, Source
+from extproc.session import Services, Session
+from extproc.settings import PROVIDER_BASE_URLS, Settings
+from extproc.settlements import SettlementLog
+from extproc.settling import Settler
+from extproc.sweeping import Sweeper
+from extproc.target import Attempt, Targets
+from extproc.transports.grpc_aio import End, GrpcServer, Send
+
+_WATCH_S = 1.0  # how often Redis and the learned factors are looked at
+_SPOKEN = frozenset({"openai"})  # providers whose own dialect is in DIALECTS
+
+_log = logging.getLogger(__name__)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Processor:
+    """All parts of one processor, and what it lacks to be ready."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsInvalid, PolicyInvalid or OSError where it cannot start."""
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._draining = False
+        self._factors: dict[str, float] = {}
+        self._ledger_lacks: str | None = "Redis was not reached yet"
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        sources: list[Source] = [EnvironmentSource(os.environ, PROVIDER_BASE_URLS)]
+        if settings.secrets_dir is not None:
+            sources.insert(0, FileSource(settings.secrets_dir, PROVIDER_BASE_URLS))
+        self._secrets = SecretStore(sources)
+        self._redactor = Redactor(self._secrets.values)
+        self._keys = KeyStore(settings.issuer_keys, settings.keys_max_stale_s)
+        self._ledger = Ledger(
+            settings.redis_url,
+            namespace=settings.namespace,
+            timeout_ms=settings.ledger_timeout_ms,
+            hold_ttl_ms=settings.hold_ttl_ms,
+        )
+        self._journal = Journal(
+            settings.state_dir / "journal", max_bytes=settings.journal_max_mib * MIB, clock=_wall_ms
+        )
+        self._settler = Settler(self._ledger, SettlementLog(settings.state_dir / "settlements", clock=_wall_ms))
+        self._sweeper = Sweeper(self._ledger, self._journal.append_orphan, settings.hold_ttl_ms / 4000)
+        self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="count")
+        self._targets = Targets(settings.base_urls, self._secrets.key)
+        self._services = Services(
+            ledger=self._ledger,
+            settle=self._settler.settle,
+            learn=self._learn,
+            write=self._journal.append,
+            refresh_keys=lambda issuer: asyncio.ensure_future(self._keys.refresh(issuer)),
+            count=self._count,
+        )
+        self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
+        self._use(self._policy_file.policy)
+        self._server = GrpcServer(f"unix:{settings.socket_path}", self._open)
+        self._health = HealthServer(self.lacking, settings.health_port)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`, then drain."""
+        for encoding in ("o200k_base", "cl100k_base"):
+            tokens.counter(encoding)  # a quarter of a second each: before the first request, not in it
+        self._keys.start()
+        self._secrets.start()
+        self._settler.start()
+        self._sweeper.start()
+        self._policy_file.start()
+        watching = asyncio.create_task(self._watch())
+        self._health.start()
+        self._settings.socket_path.parent.mkdir(parents=True, exist_ok=True)
+        await self._server.start()
+        _log.info("serving on %s, health on port %d", self._settings.socket_path, self._health.port)
+        await stop.wait()
+        await self._drain()
+        watching.cancel()
+        await self._close()
+
+    def lacking(self) -> str | None:
+        """What the gateway lacks to take requests, in a few words, or None. Also called from the health thread."""
+        if self._draining:
+            return "it is shutting down"
+        if self._ledger_lacks is not None:
+            return self._ledger_lacks
+        if not self._keys.ready():
+            return "no issuer's keys could be fetched"
+        if not self._providers():
+            return "there is no provider's key"
+        if self._journal.full:
+            return "the usage journal is full"
+        return None
+
+    def _use(self, policy: Policy) -> None:
+        settings = self._settings
+        self._gate = Gate(
+            policy=policy,
+            identity=Identity(self._with_own_issuers(policy.identity), self._keys, time.time),
+            prices=PriceBook(policy.prices, lambda: datetime.now(UTC)),
+            dialects=DIALECTS,
+            providers=self._providers,
+            counter=tokens.counter,
+            factor=self._factor,
+            redact=self._redactor.redact,
+            unready=self.lacking,
+            clock=Clock(time.monotonic_ns, _wall_ms),
+            lease_tokens=settings.lease_tokens,
+            heartbeat_ms=settings.hold_ttl_ms // 3,
+            admission_timeout_ms=settings.admission_timeout_ms,
+        )
+        _log.info("policy %s is in use", policy.version)
+
+    def _with_own_issuers(self, rules: IdentityRules) -> IdentityRules:
+        """The policy's issuers, and those that TOLLGATE_ISSUER_KEYS adds (the local stack's development issuer)."""
+        own = tuple(issuer for issuer in self._settings.added_issuers if issuer not in rules.issuers)
+        return dataclasses.replace(rules, issuers=rules.issuers + own)
+
+    def _providers(self) -> frozenset[str]:
+        return frozenset(name for name in _SPOKEN if self._secrets.key(name) is not None)
+
+    def _open(self, role: str, send: Send, end: End) -> Session | None:
+        if role == "gate":
+            return Session(Exchange(self._gate), self._services, send, end)
+        if role == "target":
+            return Session(Attempt(self._targets), self._services, send, end)
+        return None
+
+    def _factor(self, target: Target) -> float:
+        return self._factors.get(f"{target.provider}/{target.model}") or starting_factor(target)
+
+    def _learn(self, target: Target, counted: int, billed: int) -> None:
+        async def learn() -> None:
+            try:
+                name = f"{target.provider}/{target.model}"
+                await self._ledger.learn(name, counted, billed, starting_factor(target))
+            except LedgerUnavailable as error:
+                _log.info("a factor was not learned: %s", error)
+
+        task = asyncio.create_task(learn())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _count(self, texts: tuple[str, ...], encoding: str) -> asyncio.Future[int]:
+        return self._loop.run_in_executor(self._counting, count_texts, texts, tokens.counter(encoding))
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await self._ledger.check()
+                self._factors = await self._ledger.factors()
+                self._ledger_lacks = None
+            except LedgerUnavailable as error:
+                self._ledger_lacks = "Redis cannot be used"
+                _log.warning("redis: %s", error)
+            await asyncio.sleep(_WATCH_S)
+
+    async def _drain(self) -> None:
+        """New requests are refused; those under way go on, until the deadline ends them with an error."""
+        self._draining = True
+        _log.info("draining %d requests", self._server.open_streams)
+        await self._server.idle(self._settings.drain_timeout_s)
+
+    async def _close(self) -> None:
+        await self._server.close()
+        self._health.close()
+        await self._policy_file.close()
+        await self._sweeper.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._settler.close()
+        await self._ledger.close()
+        await self._keys.close()
+        await self._secrets.close()
+        self._counting.shutdown()
+        self._journal.close()
+
+
+def main(settings: Settings) -> None:
+    """Run one processor until SIGTERM or SIGINT. Raises what `Processor` raises."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    uvloop.run(_main(settings))
+
+
+async def _main(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await Processor(settings).run(stop)

@@ -1,0 +1,71 @@
+"""Settlements that must arrive: handed to the ledger at once, and kept on disk and tried again where it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from extproc.errors import LedgerUnavailable
+from extproc.records import Settlement
+from extproc.settlements import SettlementLog
+
+_RETRY_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class SettlingLedger(Protocol):
+    """What this module asks of `ledger.Ledger`."""
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[bool]:
+        """Post once; the future raises LedgerUnavailable."""
+
+
+class Settler:
+    """Posts every settlement once, however long Redis is away. Settlements of dead processes are in the log too."""
+
+    def __init__(self, ledger: SettlingLedger, log: SettlementLog) -> None:
+        self._ledger = ledger
+        self._log = log
+        self._under_way: set[asyncio.Future[bool]] = set()
+        self._retrying: asyncio.Task[None] | None = None
+
+    def settle(self, settlement: Settlement) -> None:
+        """Post now; never waits."""
+        future = self._ledger.settle(settlement)
+        self._under_way.add(future)
+
+        def answered(done: asyncio.Future[bool]) -> None:
+            self._under_way.discard(done)
+            if not done.cancelled() and done.exception() is not None:
+                _log.warning("settlement of %s waits for the ledger: %s", settlement.request_id, done.exception())
+                self._log.add(settlement)
+
+        future.add_done_callback(answered)
+
+    def start(self) -> None:
+        """Try again every second what the ledger has not taken, until `close`."""
+        self._retrying = asyncio.create_task(self._retry_forever())
+
+    async def close(self) -> None:
+        """Wait for what is under way (the ledger's deadline bounds it). What it does not take stays on disk."""
+        if self._retrying is not None:
+            self._retrying.cancel()
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        self._log.close()
+
+    async def _retry_forever(self) -> None:
+        while True:
+            await self.retry()
+            await asyncio.sleep(_RETRY_S)
+
+    async def retry(self) -> None:
+        """One round over what is open; ends at the first that the ledger does not take."""
+        for settlement in self._log.pending():
+            try:
+                await self._ledger.settle(settlement)
+            except LedgerUnavailable:
+                return
+            self._log.done(settlement.request_id)

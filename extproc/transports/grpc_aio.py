@@ -1,0 +1,118 @@
+"""The reference transport: grpcio's asyncio server on a Unix socket or a TCP port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from extproc.limits import MAX_MESSAGE_BYTES
+from extproc.session import Session
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+ROLE = "x-tollgate-role"
+
+Send = Callable[[bytes], None]
+End = Callable[[str | None], None]
+Open = Callable[[str, Send, End], Session | None]
+
+
+class GrpcServer:
+    """Serves `Process`. `open_session(role, send, end)` makes the session of a stream, or None for an unknown role."""
+
+    def __init__(self, address: str, open_session: Open) -> None:
+        self.open_streams = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open = open_session
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        handler = grpc.stream_stream_rpc_method_handler(self._process)  # bytes in, bytes out
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Process": handler}),))
+        self._server.add_insecure_port(address)
+
+    async def start(self) -> None:
+        """Take streams from now on."""
+        await self._server.start()
+
+    async def idle(self, timeout_s: float) -> None:
+        """Return when no stream is open, or when the time is over."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    async def close(self) -> None:
+        """Take no new streams, and end those that are open with an error."""
+        await self._server.stop(0)
+
+    async def _process(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        role = dict(context.invocation_metadata() or ()).get(ROLE, "")
+        stream = _Stream(context)
+        session = self._open(str(role), stream.send, stream.end)
+        if session is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unknown role")
+            return
+        self.open_streams += 1
+        self._idle.clear()
+        try:
+            await stream.run(session)
+        finally:
+            session.close()
+            self.open_streams -= 1
+            if not self.open_streams:
+                self._idle.set()
+
+
+class _Stream:
+    """One call: reads in order, and writes what the session sends, also between two reads."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        self._context = context
+        self._outbox: deque[bytes] = deque()
+        self._flushing: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    def send(self, message: bytes) -> None:
+        self._outbox.append(message)
+        if self._flushing is None:
+            self._flushing = asyncio.ensure_future(self._flush())
+
+    def end(self, reason: str | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
+    async def run(self, session: Session) -> None:
+        """Until Envoy closes the stream, or the session ends it. Returns only where the end is a clean one."""
+        reading = asyncio.ensure_future(self._read(session))
+        try:
+            await asyncio.wait((reading, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done() and (reason := self._ended.result()) is not None:
+                await self._context.abort(grpc.StatusCode.INTERNAL, reason)
+            if reading.done():
+                reading.result()
+            if self._flushing is not None:
+                await self._flushing
+        finally:
+            reading.cancel()
+            if self._flushing is not None:
+                self._flushing.cancel()
+
+    async def _read(self, session: Session) -> None:
+        while (message := await self._context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            session.feed(message)
+
+    async def _flush(self) -> None:
+        """One writer at a time: gRPC takes one write after the other."""
+        try:
+            while self._outbox:
+                await self._context.write(self._outbox.popleft())
+        finally:
+            self._flushing = None

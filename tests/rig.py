@@ -1,0 +1,363 @@
+"""The real thing on loopback, for tests: Envoy, processors, Valkey and a scripted provider, on free ports.
+
+Everything is the local stack's own code; only the provider's scripts and the faults are the tests'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from extproc.journal import decode
+from extproc.ledger import Ledger
+from extproc.local.envoy_config import Places, envoy_binary, render
+from extproc.local.http import Server
+from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
+from extproc.local.provider import Received, Script, ScriptedProvider
+from extproc.local.valkey import LocalValkey, free_port
+from extproc.records import Balance, UsageRecord
+
+AUDIENCE = "https://tollgate.test"
+SERVICE = "ranker@test.iam.gserviceaccount.com"
+PROVIDER_KEY = "sk-canary-0123456789abcdef"
+
+POLICY = """\
+identity:
+  audiences: [https://tollgate.test]
+  issuers: [https://accounts.google.com]
+  allow: ["*@test.iam.gserviceaccount.com", "*@people.example"]
+  delegates: [frontend@test.iam.gserviceaccount.com]
+  teams: {search: [ranker@test.iam.gserviceaccount.com]}
+models:
+  "*": {targets: ["openai/*"]}
+prices:
+  "*": {input_usd_per_mtok: 10, output_usd_per_mtok: 30}
+budgets:
+"""
+
+_START_TIMEOUT_S = 20.0
+
+
+@dataclass
+class Processor:
+    """One processor process."""
+
+    socket: Path
+    state_dir: Path
+    environment: Mapping[str, str]
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        log = (self.state_dir / "processor.log").open("ab")
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "extproc.cli", "serve", env=dict(self.environment), stdout=log, stderr=log
+        )
+        log.close()
+
+    @property
+    def log(self) -> str:
+        return (self.state_dir / "processor.log").read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        assert self.process is not None
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+        return await self.process.wait()
+
+
+@dataclass
+class Rig:
+    """A running gateway. `script` decides what the provider answers; replace it at any time."""
+
+    directory: Path
+    valkey: LocalValkey
+    provider: ScriptedProvider
+    issuer: DevIssuer
+    keys: Server
+    processors: list[Processor]
+    envoy: asyncio.subprocess.Process
+    port: int
+    admin_port: int
+    namespace: str
+    policy_path: Path
+    scripts: list[Callable[[Received], Script]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def answer(self, script: Script | Callable[[Received], Script]) -> None:
+        """What the provider answers from now on."""
+        self.scripts[:] = [script if callable(script) else lambda _: script]
+
+    def token(self, email: str = SERVICE, **claims: Any) -> str:
+        return self.issuer.mint(email, AUDIENCE, 3600, time.time(), **claims)
+
+    def client(self, email: str = SERVICE, **options: Any) -> httpx.AsyncClient:
+        headers = {"authorization": f"Bearer {self.token(email)}", **options.pop("headers", {})}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, **options)
+
+    async def set_policy(self, text: str) -> None:
+        """Write the policy, and wait until every processor has taken it."""
+        seen = [processor.log.count("is in use") for processor in self.processors]
+        self.policy_path.write_text(text)
+        await eventually(
+            lambda: all(p.log.count("is in use") > n for p, n in zip(self.processors, seen, strict=True)),
+            "the policy's reload",
+        )
+
+    @asynccontextmanager
+    async def ledger(self) -> AsyncIterator[Ledger]:
+        ledger = Ledger(self.valkey.url, namespace=self.namespace)
+        try:
+            yield ledger
+        finally:
+            await ledger.close()
+
+    async def balances(self) -> dict[str, Balance]:
+        async with self.ledger() as ledger:
+            return {balance.budget.id: balance for balance in await ledger.balances()}
+
+    def records(self) -> list[UsageRecord]:
+        """Every row of every processor's journal; a request's own row takes the place of an orphan's."""
+        rows: dict[str, UsageRecord] = {}
+        own: set[str] = set()
+        count: dict[str, int] = {}
+        for processor in self.processors:
+            for segment in sorted((processor.state_dir / "journal").glob("usage-*.jsonl")):
+                for line in segment.read_bytes().splitlines():
+                    row = decode(line)
+                    request_id = row.record.request_id
+                    if not row.orphan:
+                        own.add(request_id)
+                        count[request_id] = count.get(request_id, 0) + 1
+                    if not row.orphan or request_id not in own:
+                        rows[request_id] = row.record
+        doubled = {request_id: n for request_id, n in count.items() if n > 1}
+        assert not doubled, f"more than one usage row: {doubled}"
+        return list(rows.values())
+
+    async def record(self, request_id: str) -> UsageRecord:
+        """The row of one request, once it has been written."""
+        found: list[UsageRecord] = []
+
+        def written() -> bool:
+            found[:] = [record for record in self.records() if record.request_id == request_id]
+            return bool(found)
+
+        await eventually(written, f"the record of {request_id}")
+        return found[0]
+
+    async def settled(self) -> dict[str, Balance]:
+        """The balances, once nothing is pending any more."""
+        balances: dict[str, Balance] = {}
+
+        async def nothing_pending() -> bool:
+            balances.clear()
+            balances.update(await self.balances())
+            return all(balance.pending == 0 for balance in balances.values())
+
+        await eventually(nothing_pending, "pending to return to zero")
+        return balances
+
+    async def restart_envoy(self) -> None:
+        self.envoy.kill()
+        await self.envoy.wait()
+        self.envoy = await _start_envoy(self.directory)
+        await self.ready()
+
+    async def ready(self) -> None:
+        async with httpx.AsyncClient() as client:
+
+            async def healthy() -> bool:
+                with suppress(httpx.HTTPError):
+                    return (await client.get(f"{self.url}/healthz")).status_code == 200
+                return False
+
+            await eventually(healthy, "the gateway to be ready")
+
+    async def admin(self, path: str) -> str:
+        async with httpx.AsyncClient() as client:
+            return (await client.get(f"http://127.0.0.1:{self.admin_port}{path}")).text
+
+    def everything_written(self) -> str:
+        """All logs and journals, for canaries."""
+        texts = []
+        for path in self.directory.rglob("*"):
+            if path.is_file() and path.suffix in (".log", ".jsonl") and "valkey" not in path.parts:
+                texts.append(path.read_text(errors="replace"))
+        return "\n".join(texts)
+
+
+async def eventually(condition: Callable[[], Any], what: str, timeout_s: float = _START_TIMEOUT_S) -> None:
+    """Wait until `condition` (which may be a coroutine function) is true."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = condition()
+        if asyncio.iscoroutine(result):
+            result = await result
+        if result:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for {what}")
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running(
+    directory: Path,
+    *,
+    budgets: str = "  []\n",
+    policy: str | None = None,
+    processors: int = 1,
+    environment: Mapping[str, str] | None = None,
+    base_url: Callable[[ScriptedProvider], str] | None = None,
+    places: Mapping[str, Any] | None = None,
+    tls: Any = None,
+) -> AsyncIterator[Rig]:
+    """A gateway of its own, in `directory`, taken down at the end."""
+    scripts: list[Callable[[Received], Script]] = []
+    provider = ScriptedProvider(lambda request: scripts[0](request))
+    await provider.start(tls)
+    issuer = DevIssuer.open(directory)
+    keys = await serve_certificates(issuer)
+    valkey = LocalValkey(directory / "valkey", appendonly=True).start()
+    policy_path = directory / "policy.yaml"
+    policy_path.write_text(policy or POLICY + budgets)
+    port, admin_port = free_port(), free_port()
+    provider_url = base_url(provider) if base_url else f"http://127.0.0.1:{provider.port}/v1"
+    workers = []
+    for number in range(processors):
+        state_dir = directory / f"p{number}"
+        state_dir.mkdir()
+        workers.append(
+            Processor(
+                socket=state_dir / "s",
+                state_dir=state_dir,
+                environment={
+                    "PATH": os.environ["PATH"],
+                    "TOLLGATE_POLICY": str(policy_path),
+                    "TOLLGATE_STATE_DIR": str(state_dir),
+                    "TOLLGATE_SOCKET": str(state_dir / "s"),
+                    "TOLLGATE_HEALTH_PORT": "0",
+                    "TOLLGATE_ISSUER_KEYS": f"{issuer.issuer}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}",
+                    "REDIS_URL": valkey.url,
+                    "OPENAI_API_KEY": PROVIDER_KEY,
+                    "OPENAI_BASE_URL": provider_url,
+                    **(environment or {}),
+                },
+            )
+        )
+    (directory / "envoy.yaml").write_text(
+        render(
+            Places(
+                port=port,
+                admin_port=admin_port,
+                sockets=[worker.socket for worker in workers],
+                base_urls={"openai": provider_url},
+                **(places or {}),
+            )
+        )
+    )
+    for worker in workers:
+        await worker.start()
+    envoy = await _start_envoy(directory)
+    rig = Rig(
+        directory=directory,
+        valkey=valkey,
+        provider=provider,
+        issuer=issuer,
+        keys=keys,
+        processors=workers,
+        envoy=envoy,
+        port=port,
+        admin_port=admin_port,
+        namespace="tollgate",
+        policy_path=policy_path,
+        scripts=scripts,
+    )
+    try:
+        await rig.ready()
+        yield rig
+    finally:
+        if rig.envoy.returncode is None:
+            rig.envoy.kill()
+        await rig.envoy.wait()
+        for worker in workers:
+            await worker.stop(signal.SIGKILL)
+        await provider.close()
+        await keys.close()
+        valkey.stop()
+
+
+async def _start_envoy(directory: Path) -> asyncio.subprocess.Process:
+    log = (directory / "envoy.log").open("ab")
+    process = await asyncio.create_subprocess_exec(
+        envoy_binary(),
+        *("--config-path", str(directory / "envoy.yaml")),
+        *("--log-level", "warn", "--concurrency", "1", "--use-dynamic-base-id"),
+        stdout=log,
+        stderr=log,
+    )
+    log.close()
+    return process
+
+
+def event(payload: dict[str, Any] | str) -> bytes:
+    """One SSE event as OpenAI writes them."""
+    return b"data: " + (payload if isinstance(payload, str) else json.dumps(payload)).encode() + b"\n\n"
+
+
+def delta(text: str, index: int = 0, finish: str | None = None) -> bytes:
+    """One chunk of a streamed chat answer."""
+    return event(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": "gpt-4o",
+            "choices": [{"index": index, "delta": {"content": text} if text else {}, "finish_reason": finish}],
+        }
+    )
+
+
+def usage(prompt: int, completion: int) -> bytes:
+    """The closing usage chunk."""
+    return event(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": "gpt-4o",
+            "choices": [],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+        }
+    )
+
+
+DONE = event("[DONE]")
+
+
+def streamed(words: int, *, prompt: int = 10, pause_s: float = 0.0, end: bool = True) -> Script:
+    """A stream of so many one-token words."""
+    chunks = [delta(" word") for _ in range(words)]
+    if end:
+        chunks += [delta("", finish="stop"), usage(prompt, words), DONE]
+    return Script(chunks=chunks, pause_s=pause_s)

@@ -16,8 +16,8 @@ _BOM = b"\xef\xbb\xbf"
 # A line's end, and the blank line that closes the block. The look-ahead keeps a CRLF from being read as both.
 _BLOCK_END = re.compile(rb"(\r\n|\r(?!\n)|\n)(\r\n|\r|\n)")
 
-# A block's end is at most four bytes, so three of those already searched may begin one.
-_OVERLAP_BYTES = 3
+# Bytes already searched that may yet begin a block's end: a line's last LF or CR, and the blank line's CR after it.
+_OVERLAP_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,6 @@ class SseParser:
         blocks = chunk.split(b"\n\n")
         if unfinished := blocks.pop():
             self._pending += unfinished
-            self._scanned = 0
         return [_read_lf_block(block) for block in blocks]
 
     def finish(self) -> bytes:

@@ -1,0 +1,139 @@
+"""The providers' keys, behind one interface. No message, `repr` or log line here holds a value."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from extproc.limits import MAX_SECRET_BYTES
+from extproc.settings import SettingsInvalid
+
+log = logging.getLogger(__name__)
+
+_REFRESH_S = 10.0
+
+
+class Secrets(Protocol):
+    """The providers' keys, as they are now."""
+
+    def key(self, provider: str) -> str | None:
+        """The provider's key, or None where it has none."""
+
+    def values(self) -> tuple[str, ...]:
+        """Every key in use, and those that were just replaced, whose answers may still be on their way."""
+
+
+class Source(Protocol):
+    """One place where keys are kept."""
+
+    def read(self) -> Mapping[str, str]:
+        """The keys by provider. May block. Raises SettingsInvalid, naming the variable but never its value."""
+
+
+def variable_of(provider: str) -> str:
+    """The name of the environment variable, or file, of a provider's key."""
+    return f"{provider.upper()}_API_KEY"
+
+
+class EnvironmentSource:
+    """Keys in environment variables: `OPENAI_API_KEY`. An empty one counts as not set."""
+
+    def __init__(self, env: Mapping[str, str], providers: Iterable[str]) -> None:
+        self._env = env
+        self._providers = tuple(providers)
+
+    def read(self) -> Mapping[str, str]:
+        """See `Source`."""
+        found = {provider: self._env.get(variable_of(provider)) for provider in self._providers}
+        return {provider: _checked(variable_of(provider), value) for provider, value in found.items() if value}
+
+
+class FileSource:
+    """Keys in files named like the variables, as a mounted secret has them. A trailing line end is dropped."""
+
+    def __init__(self, directory: Path, providers: Iterable[str]) -> None:
+        self._directory = directory
+        self._providers = tuple(providers)
+
+    def read(self) -> Mapping[str, str]:
+        """See `Source`. An empty file is an error: it may be one that is being written."""
+        if not self._directory.is_dir():
+            raise SettingsInvalid("TOLLGATE_SECRETS_DIR is not a directory")
+        found = {provider: self._read_file(variable_of(provider)) for provider in self._providers}
+        return {provider: key for provider, key in found.items() if key is not None}
+
+    def _read_file(self, name: str) -> str | None:
+        try:
+            with (self._directory / name).open("rb") as file:
+                data = file.read(MAX_SECRET_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SettingsInvalid(f"{name}: the file cannot be read: {error.strerror}") from None
+        return _checked(name, data.rstrip(b"\r\n").decode("latin-1"))
+
+
+class SecretStore:
+    """`Secrets` from several sources, of which the first that has a key wins; read again in the background."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Reads all sources. Raises SettingsInvalid."""
+        self._sources = tuple(sources)
+        self._keys = self._read()
+        self._replaced: dict[str, str] = {}
+        self._background: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"SecretStore({', '.join(sorted(self._keys))})"
+
+    def key(self, provider: str) -> str | None:
+        """See `Secrets`."""
+        return self._keys.get(provider)
+
+    def values(self) -> tuple[str, ...]:
+        """See `Secrets`."""
+        return (*self._keys.values(), *self._replaced.values())
+
+    def start(self) -> None:
+        """Read the sources again every few seconds, until `close`."""
+        self._background = asyncio.create_task(self._refresh_forever())
+
+    async def close(self) -> None:
+        """Stop reading."""
+        if self._background is not None:
+            self._background.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._background
+
+    async def refresh(self) -> None:
+        """Read the sources again. Where one cannot be read, everything stays as it was."""
+        try:
+            keys = await asyncio.to_thread(self._read)
+        except SettingsInvalid as error:
+            log.warning("secrets: the old ones stay in use: %s", error)
+            return
+        self._replaced |= {provider: key for provider, key in self._keys.items() if keys.get(provider) != key}
+        self._keys = keys
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            await self.refresh()
+
+    def _read(self) -> Mapping[str, str]:
+        keys: dict[str, str] = {}
+        for source in reversed(self._sources):
+            keys.update(source.read())
+        return keys
+
+
+def _checked(name: str, value: str) -> str:
+    """A key is one header value: anything else in it is a mistake, or an attempt to add a header."""
+    if len(value) > MAX_SECRET_BYTES or not re.fullmatch(r"[!-~]+", value):
+        raise SettingsInvalid(f"{name} must be 1 to {MAX_SECRET_BYTES} printable ASCII characters without white space")
+    return value

@@ -1,0 +1,145 @@
+"""Providers' keys from the environment and from files, and that no value is shown anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from extproc.limits import MAX_SECRET_BYTES
+from extproc.redaction import Redactor
+from extproc.secrets import EnvironmentSource, FileSource, Secrets, SecretStore
+from extproc.settings import SettingsInvalid
+
+PROVIDERS = ("openai", "anthropic", "gemini")
+CANARY = "sk-canary-0123456789"
+
+
+def environment(**env: str) -> EnvironmentSource:
+    return EnvironmentSource(env, PROVIDERS)
+
+
+def files(directory: Path) -> FileSource:
+    return FileSource(directory, PROVIDERS)
+
+
+def test_keys_of_the_environment() -> None:
+    store: Secrets = SecretStore([environment(OPENAI_API_KEY="sk-1", GEMINI_API_KEY="", OTHER_API_KEY="sk-2")])
+    assert [store.key(provider) for provider in (*PROVIDERS, "other")] == ["sk-1", None, None, None]
+    assert store.values() == ("sk-1",)
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        (b"sk-1", "sk-1"),
+        (b"sk-1\n", "sk-1"),
+        (b"sk-1\r\n", "sk-1"),
+        (b"x" * MAX_SECRET_BYTES, "x" * MAX_SECRET_BYTES),
+    ],
+    ids=["plain", "lf", "crlf", "longest"],
+)
+def test_key_in_a_file(tmp_path: Path, data: bytes, key: str) -> None:
+    (tmp_path / "OPENAI_API_KEY").write_bytes(data)
+    store = SecretStore([files(tmp_path)])
+    assert (store.key("openai"), store.key("gemini")) == (key, None)
+
+
+BAD = {
+    "space": CANARY + " x",
+    "line-inside": CANARY + "\nx-header: 1",
+    "line-end-and-space": CANARY + "\n ",
+    "tab": CANARY + "\t",
+    "control": CANARY + "\x07",
+    "outside-ascii": CANARY + "é",
+    "too-long": CANARY * (MAX_SECRET_BYTES // len(CANARY) + 1),
+}
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("kind", ["environment", "file"])
+def test_a_bad_key_is_refused_by_the_name_of_its_variable(tmp_path: Path, kind: str, value: str) -> None:
+    (tmp_path / "OPENAI_API_KEY").write_text(value)
+    source = files(tmp_path) if kind == "file" else environment(OPENAI_API_KEY=value)
+    with pytest.raises(SettingsInvalid, match="OPENAI_API_KEY") as refusal:
+        SecretStore([source])
+    assert "canary" not in str(refusal.value)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "OPENAI_API_KEY").write_text("\n")
+    with pytest.raises(SettingsInvalid, match="OPENAI_API_KEY"):
+        SecretStore([files(tmp_path)])
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "OPENAI_API_KEY").mkdir()
+    with pytest.raises(SettingsInvalid, match="OPENAI_API_KEY"):
+        SecretStore([files(tmp_path)])
+
+
+def test_a_directory_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match="TOLLGATE_SECRETS_DIR"):
+        SecretStore([files(tmp_path / "missing")])
+
+
+def test_files_win_over_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "OPENAI_API_KEY").write_text("sk-file")
+    store = SecretStore([files(tmp_path), environment(OPENAI_API_KEY="sk-env", GEMINI_API_KEY="g-env")])
+    assert (store.key("openai"), store.key("gemini")) == ("sk-file", "g-env")
+    assert sorted(store.values()) == ["g-env", "sk-file"]
+
+
+async def test_a_changed_file_is_read_again_and_the_old_key_still_redacted(tmp_path: Path) -> None:
+    file = tmp_path / "OPENAI_API_KEY"
+    file.write_text("sk-old")
+    store = SecretStore([files(tmp_path), environment(OPENAI_API_KEY="sk-env")])
+    redactor = Redactor(store.values)
+    file.write_text("sk-new")
+    assert store.key("openai") == "sk-old"
+    await store.refresh()
+    await store.refresh()
+    assert store.key("openai") == "sk-new"
+    assert redactor.redact(b"sk-old sk-new") == b"[redacted] [redacted]"
+    file.unlink()
+    await store.refresh()
+    assert store.key("openai") == "sk-env"
+    assert redactor.redact(b"sk-new sk-env") == b"[redacted] [redacted]"
+
+
+async def test_a_broken_file_leaves_everything_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "OPENAI_API_KEY"
+    file.write_text("sk-old")
+    store = SecretStore([files(tmp_path)])
+    file.write_text(CANARY + " x")
+    with caplog.at_level(logging.DEBUG):
+        await store.refresh()
+    assert store.key("openai") == "sk-old"
+    assert "OPENAI_API_KEY" in caplog.text
+    assert "canary" not in caplog.text
+
+
+async def test_the_background_task_reads_again_until_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extproc.secrets._REFRESH_S", 0.001)
+    file = tmp_path / "OPENAI_API_KEY"
+    file.write_text("sk-old")
+    store = SecretStore([files(tmp_path)])
+    store.start()
+    file.with_suffix(".new").write_text("sk-new")
+    file.with_suffix(".new").rename(file)
+    while store.key("openai") != "sk-new":  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await store.close()
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+def test_no_value_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "GEMINI_API_KEY").write_text(CANARY)
+    sources = (files(tmp_path), environment(OPENAI_API_KEY=CANARY))
+    shown = f"{SecretStore(sources)} {SecretStore(sources)!r} {sources!r}"
+    assert "canary" not in shown
+    assert "SecretStore(gemini, openai)" in shown

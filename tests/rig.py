@@ -62,7 +62,7 @@ class Processor:
         self.socket.unlink(missing_ok=True)
         log = (self.state_dir / "processor.log").open("ab")
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "extproc.cli", "serve", env=dict(self.environment), stdout=log, stderr=log
+            sys.executable, "-m", "extproc", "serve", env=dict(self.environment), stdout=log, stderr=log
         )
         log.close()
 

@@ -1,0 +1,276 @@
+"""`tollgate up`: the whole gateway on this machine, in the foreground, and nothing left of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from extproc.errors import PolicyInvalid
+from extproc.limits import MAX_UNIX_PATH_BYTES
+from extproc.local.envoy_config import Places, envoy_binary, render
+from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
+from extproc.local.process import Child
+from extproc.local.provider import ScriptedProvider
+from extproc.local.replay import choose
+from extproc.local.valkey import LocalValkey, ValkeyFailed, free_port
+from extproc.policy import parse_policy
+from extproc.settings import Settings, SettingsInvalid
+
+DEFAULT_PORT = 8080
+ENV_FILE = "stack.env"
+
+_READY_TIMEOUT_S = 60.0
+_ENVOY_GRACE_S = 2.0
+_PROCESSOR_GRACE_S = 10.0
+
+
+class StackFailed(Exception):
+    """Why the stack cannot run, in one line."""
+
+
+def run() -> None:
+    """Run until Ctrl-C or SIGTERM. Exits with 1, and one line on stderr, where it cannot."""
+    try:
+        asyncio.run(_Stack(os.environ).run())
+    except (StackFailed, SettingsInvalid, ValkeyFailed, OSError) as error:
+        sys.exit(f"tollgate: {error}")
+    except PolicyInvalid as error:
+        sys.exit("tollgate: the policy cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems))
+
+
+class _Stack:
+    """What one `tollgate up` runs, built from its environment."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = dict(env)
+        self._settings = Settings.from_environment(env)
+        self._state_dir = self._settings.state_dir.resolve()
+        self._port = _port(env.get("PORT") or str(DEFAULT_PORT))
+        self._children: list[Child] = []
+
+    async def run(self) -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        self._state_dir.mkdir(parents=True, exist_ok=True)
+        with _only_one(self._state_dir, self._port):
+            _require_free(self._port)
+            async with AsyncExitStack() as parts:
+                starting = asyncio.ensure_future(self._start(parts))
+                stopping: asyncio.Task[Any] = asyncio.ensure_future(stop.wait())
+                await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if not starting.done():
+                    starting.cancel()
+                    await asyncio.gather(starting, return_exceptions=True)
+                    return
+                starting.result()
+                await self._supervise(stopping)
+                _say("stopping")
+
+    async def _start(self, parts: AsyncExitStack) -> None:
+        policy_path = self._policy_path()
+        policy = parse_policy(policy_path.read_text())
+        env = self._env | {
+            "TOLLGATE_POLICY": str(policy_path),
+            "TOLLGATE_STATE_DIR": str(self._state_dir),
+            "TOLLGATE_USAGE_DB": str(self._settings.usage_db_path.resolve()),
+            "TOLLGATE_HEALTH_PORT": str(free_port()),
+            "TOLLGATE_SOCKET": str(self._socket_path(parts)),
+        }
+        env |= await self._issuer(parts)
+        env |= self._redis(parts)
+        env |= await self._provider(parts)
+        self._write_env_file(env, parts)
+        await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), env, 5.0)
+        processor = (sys.executable, "-m", "extproc", "serve")
+        await self._run_child(parts, "processor", processor, env, _PROCESSOR_GRACE_S)
+        await self._run_envoy(parts, env)
+        await self._await_ready()
+        email = policy.identity.allow[0].replace("*", "dev")
+        token = DevIssuer.open(self._state_dir).mint(email, policy.identity.audiences[0], 24 * 3600, time.time())
+        _announce(self._port, email, token)
+
+    def _policy_path(self) -> Path:
+        """The named policy, else a copy of the default one, which may be changed while the stack runs."""
+        if self._env.get("TOLLGATE_POLICY"):
+            return self._settings.policy_path.resolve()
+        path = self._state_dir / "policy.yaml"
+        if not path.exists():
+            path.write_text((resources.files("extproc.local") / "policy.yaml").read_text())
+        return path
+
+    def _socket_path(self, parts: AsyncExitStack) -> Path:
+        path = self._state_dir / "extproc.sock"
+        if len(str(path).encode()) > MAX_UNIX_PATH_BYTES:  # a deep checkout
+            folder = tempfile.mkdtemp(prefix="tollgate-")
+            parts.callback(shutil.rmtree, folder, ignore_errors=True)
+            path = Path(folder) / "extproc.sock"
+        path.unlink(missing_ok=True)
+        return path
+
+    async def _issuer(self, parts: AsyncExitStack) -> dict[str, str]:
+        issuer = DevIssuer.open(self._state_dir)
+        server = await serve_certificates(issuer)
+        parts.push_async_callback(server.close)
+        own = f"{issuer.issuer}=http://127.0.0.1:{server.port}{CERTIFICATES_PATH}"
+        return {"TOLLGATE_ISSUER_KEYS": f"{self._env.get('TOLLGATE_ISSUER_KEYS', '')} {own}".strip()}
+
+    def _redis(self, parts: AsyncExitStack) -> dict[str, str]:
+        if self._env.get("REDIS_URL"):
+            return {}
+        _say("starting valkey")
+        valkey = LocalValkey(self._state_dir / "valkey", appendonly=True).start()
+        parts.callback(valkey.stop)
+        return {"REDIS_URL": valkey.url}
+
+    async def _provider(self, parts: AsyncExitStack) -> dict[str, str]:
+        """Where OpenAI's calls go: to OpenAI, to OPENAI_BASE_URL, or to the scripted provider."""
+        if self._env.get("OPENAI_BASE_URL"):
+            return {} if self._env.get("OPENAI_API_KEY") else {"OPENAI_API_KEY": "none"}
+        if self._env.get("OPENAI_API_KEY"):
+            return {}
+        _say("starting a scripted provider, since there is no OPENAI_API_KEY: it replays recorded answers")
+        provider = ScriptedProvider(choose)
+        await provider.start()
+        parts.push_async_callback(provider.close)
+        return {"OPENAI_BASE_URL": f"http://127.0.0.1:{provider.port}/v1", "OPENAI_API_KEY": "scripted"}
+
+    def _write_env_file(self, env: Mapping[str, str], parts: AsyncExitStack) -> None:
+        """For `tollgate usage` and the others, so that they find this stack."""
+        names = ("REDIS_URL", "TOLLGATE_POLICY", "TOLLGATE_STATE_DIR", "TOLLGATE_USAGE_DB", "TOLLGATE_NAMESPACE")
+        path = self._state_dir / ENV_FILE
+        path.write_text("".join(f"{name}={env[name]}\n" for name in names if name in env))
+
+    async def _run_envoy(self, parts: AsyncExitStack, env: Mapping[str, str]) -> None:
+        config = self._state_dir / "envoy.yaml"
+        base_urls = Settings.from_environment(env).base_urls
+        config.write_text(
+            render(
+                Places(
+                    port=self._port,
+                    admin_port=free_port(),
+                    sockets=[Path(env["TOLLGATE_SOCKET"])],
+                    base_urls=base_urls,
+                )
+            )
+        )
+        command = (
+            *(envoy_binary(), "--config-path", str(config), "--log-level", "warn"),
+            *("--concurrency", str(max(1, (os.cpu_count() or 2) // 2)), "--use-dynamic-base-id"),
+        )
+        await self._run_child(parts, "envoy", command, env, _ENVOY_GRACE_S)
+
+    async def _run_child(
+        self, parts: AsyncExitStack, name: str, command: tuple[str, ...], env: Mapping[str, str], grace_s: float
+    ) -> None:
+        _say(f"starting {name}")
+        log = self._log_path(name)
+        log.unlink(missing_ok=True)
+        child = await Child.start(name, command, env, log)
+        self._children.append(child)
+        parts.push_async_callback(child.stop, grace_s)
+
+    def _log_path(self, name: str) -> Path:
+        return self._state_dir / f"{name.replace(' ', '-')}.log"
+
+    async def _await_ready(self) -> None:
+        deadline_s = time.monotonic() + _READY_TIMEOUT_S
+        lacking = "Envoy does not answer"
+        while time.monotonic() < deadline_s:
+            if (dead := self._dead()) is not None:
+                raise self._death(dead)
+            lacking = await asyncio.to_thread(_lacking, self._port)
+            if not lacking:
+                return
+            await asyncio.sleep(0.05)
+        raise StackFailed(f"not ready after {_READY_TIMEOUT_S:.0f} s: {lacking}; logs are in {self._state_dir}")
+
+    async def _supervise(self, stopping: asyncio.Task[Any]) -> None:
+        ends: list[asyncio.Task[Any]] = [asyncio.ensure_future(child.wait()) for child in self._children]
+        await asyncio.wait((stopping, *ends), return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if not stopping.done() and (dead := self._dead()) is not None:
+            raise self._death(dead)
+
+    def _dead(self) -> Child | None:
+        return next((child for child in self._children if child.returncode is not None), None)
+
+    def _death(self, child: Child) -> StackFailed:
+        log = self._log_path(child.name)
+        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        return StackFailed(f"the {child.name} ended with code {child.returncode}: {last} (see {log})")
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65_536:
+        raise StackFailed(f"PORT must be a port number, not {text!r}")
+    return int(text)
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackFailed(f"port {port} is taken: set PORT to another one") from error
+
+
+@contextmanager
+def _only_one(state_dir: Path, port: int) -> Iterator[None]:
+    """Raises StackFailed where another stack runs in the same state directory."""
+    with (state_dir / "stack.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StackFailed(f"a stack already runs in {state_dir}: {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()}, http://127.0.0.1:{port}")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def _lacking(port: int) -> str:
+    """What the gateway lacks, or nothing."""
+    try:
+        answer = requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5)
+    except requests.RequestException:
+        return "Envoy does not answer"
+    try:
+        body = answer.json()
+    except ValueError:
+        return "the processor does not answer"
+    return "" if answer.status_code == 200 else str(body.get("lacking") or "the processor does not answer")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _announce(port: int, email: str, token: str) -> None:
+    url = f"http://127.0.0.1:{port}"
+    body = json.dumps({"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
+    _say(f"ready {url}")
+    _say(f"\na token of the development issuer, for {email}, good for a day:\n\n{token}\n")
+    _say(
+        f"try it:\n\ncurl -N {url}/v1/chat/completions \\\n  -H 'authorization: Bearer {token}' \\\n"
+        f"  -H 'content-type: application/json' \\\n  -d '{body}'\n"
+    )

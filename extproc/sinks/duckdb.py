@@ -97,8 +97,8 @@ class DuckDbSink:
             db.commit()
 
 
-def read_usage(path: Path, last: int) -> list[UsageRecord]:
-    """The newest `last` records, oldest first, `ts` in UTC with milliseconds. Raises SinkUnavailable."""
+def read_usage(path: Path, last: int | None = None) -> list[UsageRecord]:
+    """The newest `last` records or all, oldest first, `ts` in UTC with milliseconds. Raises SinkUnavailable."""
     if not path.exists():
         raise SinkUnavailable(f"there is no usage store at {path}")
     with _open(path, read_only=True) as db:

@@ -1,0 +1,238 @@
+"""The command `tollgate`. What fails is said in one line on stderr, with exit code 1."""
+
+# ruff: noqa: PLC0415 - each command imports what it needs: the quick ones must not wait for what the others load
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from extproc.errors import LedgerUnavailable, PolicyInvalid
+from extproc.records import Balance, BudgetRule, Policy, Principal, Scope
+from extproc.settings import Settings, SettingsInvalid
+from extproc.sinks import SinkUnavailable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_TABLE_RECORDS = 20
+_ANY_WIDTH = 10_000
+_IS_IT_RUNNING = "is the stack running? `tollgate up` starts it"
+
+
+class _Commands(click.Group):
+    """Ends every command that fails for a known reason with that reason alone."""
+
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except (SettingsInvalid, PolicyInvalid, SinkUnavailable, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands)
+def main() -> None:
+    """An LLM API gateway that holds budget before a request leaves and cuts the stream when it is used up."""
+
+
+@main.command()
+def up() -> None:
+    """Run the whole stack in the foreground."""
+    from extproc.local import stack
+
+    stack.run()
+
+
+@main.command()
+def serve() -> None:
+    """Run the processor that Envoy asks."""
+    from extproc import serve
+
+    serve.main(Settings.from_environment(os.environ))
+
+
+@main.command()
+def ship() -> None:
+    """Ship the usage journal into the usage store, until SIGTERM."""
+    from extproc.shipper import AlreadyShipping, Shipper
+    from extproc.sinks.duckdb import DuckDbSink
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings.from_environment(os.environ)
+    ends = {signal.SIGTERM, signal.SIGINT}
+    # Blocked and asked for, rather than handled: a batch is never interrupted.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    settings.usage_db_path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shipper = Shipper(settings.state_dir / "journal", DuckDbSink(settings.usage_db_path))
+    except AlreadyShipping as error:
+        raise click.ClickException(str(error)) from error
+    shipper.run(lambda seconds: signal.sigtimedwait(ends, seconds) is not None)
+    shipper.close()
+
+
+@main.command()
+@click.option("--email", required=True, help="Whose token: a person's or a service's.")
+@click.option("--aud", help="The audience; the policy's first by default.")
+@click.option("--ttl", default=3600, type=click.IntRange(min=1), show_default=True, help="Seconds until it expires.")
+def token(email: str, aud: str | None, ttl: int) -> None:
+    """Print an ID token of the local stack's development issuer."""
+    from extproc.local.issuer import KEY_FILE, DevIssuer
+
+    settings = _stack_settings()
+    if not (settings.state_dir / KEY_FILE).exists():
+        raise click.ClickException(f"there is no local stack in {settings.state_dir}: {_IS_IT_RUNNING}")
+    audience = aud or _policy(settings.policy_path).identity.audiences[0]
+    try:
+        issuer = DevIssuer.open(settings.state_dir)
+    except ValueError as error:
+        raise click.ClickException(f"{settings.state_dir / KEY_FILE} is not the development issuer's key") from error
+    click.echo(issuer.mint(email, audience, ttl, time.time()))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON array of usage records.")
+@click.option("--wide", is_flag=True, help="Every field.")
+@click.option("--last", type=click.IntRange(min=1), help=f"How many; {_TABLE_RECORDS} by default, with --json all.")
+def usage(as_json: bool, wide: bool, last: int | None) -> None:
+    """Print what requests used and cost, the newest last."""
+    from extproc import reports
+    from extproc.sinks.duckdb import read_usage
+
+    settings = _stack_settings()
+    if not settings.usage_db_path.exists():
+        raise click.ClickException(f"there is no usage store at {settings.usage_db_path}: {_IS_IT_RUNNING}")
+    records = read_usage(settings.usage_db_path, last or (None if as_json else _TABLE_RECORDS))
+    if as_json:
+        click.echo(reports.usage_json(records))
+    elif not records:
+        click.echo("no requests yet")
+    else:
+        _print(reports.wide_usage_table(records) if wide else reports.usage_table(records), wide=wide)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON array, figures in the budget's unit.")
+def budgets(as_json: bool) -> None:
+    """Print every budget: its limit, what is posted, held and left, and when it resets."""
+    from extproc import reports
+
+    settings = _stack_settings()
+    now_ms = time.time_ns() // 1_000_000
+    balances = with_untouched(_balances(settings, now_ms), _policy(settings.policy_path), now_ms)
+    if as_json:
+        click.echo(reports.budgets_json(balances))
+    elif not balances:
+        click.echo("no budgets in use")
+    else:
+        _print(reports.budgets_table(balances, now_ms))
+
+
+@main.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--envoy", type=click.Path(path_type=Path), help="Envoy's configuration; the repository's by default.")
+def check(path: Path | None, envoy: Path | None) -> None:
+    """Check the policy (PATH, or the one in use) and Envoy's configuration."""
+    from extproc.local import envoy_config
+
+    path = path or _stack_settings().policy_path
+    problems: list[str] = []
+    try:
+        _policy(path)
+    except PolicyInvalid as error:
+        problems += error.problems
+    envoy = envoy or envoy_config.TEMPLATE
+    try:
+        problems += envoy_config.problems(envoy)
+    except ImportError:
+        click.echo(f"{envoy}: not checked, because Envoy is not installed here", err=True)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise SystemExit(1)
+    click.echo(f"{path}: no problems")
+
+
+# What the commands share ----------------------------------------------------------------------------------------------
+
+
+def stack_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """`env`, over what a running local stack has written to `stack.env` in its state directory."""
+    path = Path(env.get("TOLLGATE_STATE_DIR", ".tollgate")) / "stack.env"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line) | dict(env)
+
+
+def with_untouched(balances: tuple[Balance, ...], policy: Policy, now_ms: int) -> tuple[Balance, ...]:
+    """The balances, and before them the policy's budgets that are for one name and that nobody has used yet."""
+    from extproc.budget import applicable, window_at
+
+    used = {balance.budget.id for balance in balances}
+    untouched = (
+        Balance(budget, posted=0, pending=0, resets_at_ms=window_at(budget, now_ms).end_ms)
+        for rule in policy.budgets
+        if rule.scope is Scope.GLOBAL or not re.search(r"[*?\[]", rule.id)
+        for budget in applicable((rule,), _named(rule), rule.id)
+        if budget.id not in used
+    )
+    return (*untouched, *balances)
+
+
+def _named(rule: BudgetRule) -> Principal:
+    return Principal(email=rule.id, service=rule.id, team=rule.id, user=rule.id)
+
+
+def _stack_settings() -> Settings:
+    return Settings.from_environment(stack_environment(os.environ))
+
+
+def _policy(path: Path) -> Policy:
+    """Raises PolicyInvalid with problems as `file:line: field: what`."""
+    from extproc.policy import parse_policy
+    from extproc.policy_file import PolicyFile
+
+    try:
+        return PolicyFile(path, parse_policy, lambda policy: None).policy
+    except PolicyInvalid as error:
+        raise PolicyInvalid(tuple(_located(path, problem) for problem in error.problems)) from error
+
+
+def _located(path: Path, problem: str) -> str:
+    line = re.match(r"line (\d+): ", problem)
+    return f"{path}:{line[1]}: {problem[line.end() :]}" if line else f"{path}: {problem}"
+
+
+def _balances(settings: Settings, now_ms: int) -> tuple[Balance, ...]:
+    from extproc.ledger import Ledger
+
+    async def read() -> tuple[Balance, ...]:
+        ledger = Ledger(settings.redis_url, namespace=settings.namespace, timeout_ms=settings.ledger_timeout_ms)
+        try:
+            return await ledger.balances(now_ms)
+        finally:
+            await ledger.close()
+
+    try:
+        return asyncio.run(read())
+    except (LedgerUnavailable, ValueError) as error:  # ValueError: what redis-py says of an address
+        raise click.ClickException(f"the ledger cannot be read ({error}): {_IS_IT_RUNNING}") from error
+
+
+def _print(table: Table, *, wide: bool = False) -> None:
+    from rich.console import Console
+
+    from extproc.reports import fit
+
+    console = Console(width=_ANY_WIDTH if wide else None)
+    console.print(fit(table, console))

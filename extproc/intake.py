@@ -33,19 +33,19 @@ def parse_json(body: bytes) -> dict[str, Any]:
     `duplicate_key`, `invalid_number`, `invalid_string`.
     """
     if not body:
-        raise BadRequest("the body is empty: send a JSON object", code="empty_body")
+        raise BadRequest("The body is empty: send a JSON object.", code="empty_body")
     structure = _structure(body)
     _check_depth(structure)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise _explain(body) or _invalid("the body is not strict JSON") from None
+        raise _explain(body) or _invalid("The body is not strict JSON.") from None
     # orjson keeps the last of two equal names, and reads a whole number beyond 64 bits as the nearest float.
     suspect = structure.count(b":") != _count_names(value) or _LONG_NUMBER.search(structure)
     if suspect and (fault := _explain(body)):
         raise fault
     if type(value) is not dict:
-        raise BadRequest("the body must be a JSON object", code="not_an_object")
+        raise BadRequest("The body must be a JSON object.", code="not_an_object")
     return value
 
 
@@ -66,7 +66,7 @@ def _structure(body: bytes) -> bytes:
 
 
 def _too_complex() -> BadRequest:
-    return BadRequest("the body has too many values", code="too_complex")
+    return BadRequest("The body has too many values.", code="too_complex")
 
 
 def _check_depth(structure: bytes) -> None:
@@ -75,7 +75,7 @@ def _check_depth(structure: bytes) -> None:
     for bracket in structure.translate(None, _ALL_BUT_BRACKETS):
         depth += _STEP[bracket]
         if depth > MAX_JSON_DEPTH:
-            raise BadRequest(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="too_deep")
+            raise BadRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="too_deep")
 
 
 def _count_names(value: Any) -> int:
@@ -109,13 +109,13 @@ _LITERAL = json.JSONDecoder(object_pairs_hook=_Pairs, parse_int=_Number, parse_f
 def _explain(body: bytes) -> BadRequest | None:
     """What is wrong with `body`, or None if it is only unusual. Its depth has been checked."""
     if body.startswith(_BOM):
-        return BadRequest("the body must not begin with a byte order mark", code="invalid_encoding")
+        return BadRequest("The body must not begin with a byte order mark.", code="invalid_encoding")
     try:
         return _first_fault(_LITERAL.decode(body.decode()), "")
     except UnicodeDecodeError as error:
-        return BadRequest(f"the body is not UTF-8 at byte {error.start}", code="invalid_encoding")
+        return BadRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_encoding")
     except json.JSONDecodeError as error:
-        return _invalid(f"the body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})")
+        return _invalid(f"The body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).")
 
 
 def _first_fault(value: Any, path: str) -> BadRequest | None:
@@ -137,7 +137,7 @@ def _object_fault(pairs: _Pairs, path: str) -> BadRequest | None:
     for name, item in pairs:
         field = _join(path, name)
         if name in seen:
-            return BadRequest("a name occurs twice in one object", code="duplicate_key", param=_clip(field))
+            return BadRequest("A name occurs twice in one object.", code="duplicate_key", param=_clip(field))
         seen.add(name)
         if fault := _string_fault(name, field) or _first_fault(item, field):
             return fault
@@ -147,14 +147,14 @@ def _object_fault(pairs: _Pairs, path: str) -> BadRequest | None:
 def _number_fault(number: _Number, path: str) -> BadRequest | None:
     digits = number.removeprefix("-")
     if digits in ("NaN", "Infinity"):
-        return _invalid("NaN and Infinity are not JSON", path)
+        return _invalid("NaN and Infinity are not JSON.", path)
     message = ""
     if not digits.isdigit():
-        message = "the number is too large" if isinf(float(number)) else ""
+        message = "The number is too large." if isinf(float(number)) else ""
     elif len(digits) > MAX_INTEGER_DIGITS:
-        message = f"a whole number has at most {MAX_INTEGER_DIGITS} digits"
+        message = f"A whole number has at most {MAX_INTEGER_DIGITS} digits."
     elif not MIN_INTEGER <= int(number) <= MAX_INTEGER:
-        message = "a whole number must fit 64 bits"
+        message = "A whole number must fit 64 bits."
     return BadRequest(message, code="invalid_number", param=_clip(path)) if message else None
 
 
@@ -162,7 +162,7 @@ def _string_fault(text: str, path: str) -> BadRequest | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        message = "the text has half of a surrogate pair, which UTF-8 cannot carry"
+        message = "The text has half of a surrogate pair, which UTF-8 cannot carry."
         return BadRequest(message, code="invalid_string", param=_clip(path))
     return None
 

@@ -248,8 +248,7 @@ class _Source:
         """The node's value. An alias counts as often as it is used, and cannot contain itself."""
         self.nodes += 1
         if self.nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
-            line = node.start_mark.line + 1
-            raise PolicyInvalid((f"line {line}: the policy has too many values, or nests them too deep",))
+            raise _too_complex(node.start_mark)
         if node.tag not in _TAGS:
             self.report(path, f"the tag {node.tag} is not allowed")
         if isinstance(node, yaml.MappingNode):
@@ -294,16 +293,35 @@ class _Source:
 def _read_yaml(text: str) -> _Source:
     source = _Source()
     try:
+        _check_depth(text)
         node = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise PolicyInvalid((f"line {mark.line + 1 if mark else 1}: not valid YAML: {error.problem}",)) from None
-    except (yaml.YAMLError, UnicodeError, RecursionError):
+        line = _line(error.problem_mark or error.context_mark)
+        raise PolicyInvalid((f"line {line}: not valid YAML: {error.problem}",)) from None
+    except (yaml.YAMLError, UnicodeError):
         raise PolicyInvalid(("line 1: not valid YAML",)) from None
     if node is None:
         raise PolicyInvalid(("line 1: the policy is empty",))
     source.value = source.convert(node, ())
     return source
+
+
+def _line(mark: Any) -> int:
+    return mark.line + 1 if mark else 1
+
+
+def _check_depth(text: str) -> None:
+    """Before it is composed, which recurses in C and would take the process down."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_POLICY_DEPTH:
+            raise _too_complex(event.start_mark)
+
+
+def _too_complex(mark: Any) -> PolicyInvalid:
+    return PolicyInvalid((f"line {_line(mark)}: the policy has too many values, or nests them too deep",))
 
 
 # Problems, in words ---------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class PriceBook:
         if self._ceiling is not None:
             return _policy_price(self._ceiling, "policy-ceiling", provider, now)
         name = ascii(target.model[:MAX_ERROR_FIELD_CHARS])
-        raise BadRequest(f"the price of the model {name} is not known", code="model_price_unknown", param="model")
+        raise BadRequest(f"The price of the model {name} is not known.", code="model_price_unknown", param="model")
 
 
 def _hash(rule: PriceRule) -> str:
@@ -171,7 +171,7 @@ def _data_price(provider: Provider, model: str, tier: str, now: datetime) -> Pri
     info = provider.find_model(model, all_providers=get_snapshot().providers)
     if info is None:
         return None
-    prices = [info.get_prices(now, context) for context in _contexts(provider, info, tier)]
+    prices = [info.get_prices(now, context) for context in _contexts(info, tier)]
     if any(price.input_mtok is None or price.output_mtok is None for price in prices):
         return None  # sold by the hour, the picture or the character, which a chat's usage does not say
     starts = {-1}.union(*map(_starts, prices))
@@ -181,10 +181,9 @@ def _data_price(provider: Provider, model: str, tier: str, now: datetime) -> Pri
     return Price(f"genai-prices-{genai_prices.__version__}", bands, search)
 
 
-def _contexts(provider: Provider, info: ModelInfo, tier: str) -> list[dict[str, str]]:
-    """The tiers that may be billed. A model that the data borrows from another provider has none of that one's."""
-    own = any(info is model for model in provider.models)
-    if tier == _STANDARD or not own:
+def _contexts(info: ModelInfo, tier: str) -> list[dict[str, str]]:
+    """The tiers that may be billed."""
+    if tier == _STANDARD:
         return [{}]
     if tier == _ANY_TIER:
         return [{}, *({"service_tier": name} for name in sorted(_tiers(info)))]

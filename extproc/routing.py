@@ -19,17 +19,17 @@ def route(policy: Policy, call_model: str, forced_provider: str | None, provider
     """
     rule = most_specific(policy.models, call_model)
     if rule is None:
-        message = f"the model {_shown(call_model)} is not offered by this gateway"
+        message = f"The model {_shown(call_model)} is not offered by this gateway."
         raise BadRequest(message, code="model_not_found", param="model")
     targets = _targets(rule, call_model)
     if forced_provider is not None:
         targets = tuple(target for target in targets if target.provider == forced_provider)
         if not targets:
-            message = f"the model {_shown(call_model)} is not offered from the provider that {PROVIDER} asks for"
+            message = f"The model {_shown(call_model)} is not offered from the provider that {PROVIDER} asks for."
             raise BadRequest(message, code="provider_not_found", param=PROVIDER)
     targets = tuple(target for target in targets if target.provider in providers)
     if not targets:
-        raise Unavailable(f"no provider of the model {_shown(call_model)} can be reached from this gateway")
+        raise Unavailable(f"No provider of the model {_shown(call_model)} can be reached from this gateway.")
     return Route(rule.pattern, targets)
 
 

@@ -1,0 +1,92 @@
+"""Which rule a model falls under, and which of its targets are left."""
+
+from __future__ import annotations
+
+import pytest
+
+from extproc.errors import BadRequest, Unavailable
+from extproc.records import IdentityRules, ModelRule, Policy, Route, Target
+from extproc.routing import route, rule_of
+
+ALL = ("openai", "anthropic", "gemini")
+GPT = Target("openai", "gpt-4o")
+CLAUDE = Target("anthropic", "claude-sonnet-4-5")
+
+
+def policy(*rules: ModelRule) -> Policy:
+    identity = IdentityRules(audiences=("a",), issuers=("i",), allow=("*",))
+    return Policy(version="v", identity=identity, models=rules, prices=(), budgets=())
+
+
+ANY = ModelRule("*", (Target("openai", "*"),))
+GPTS = ModelRule("gpt-*", (Target("gemini", "*"),))
+MINIS = ModelRule("gpt-*-mini", (Target("anthropic", "*"),))
+EXACT = ModelRule("gpt-4o", (GPT, CLAUDE))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        pytest.param("gpt-4o", Route("gpt-4o", (GPT, CLAUDE)), id="exact name"),
+        pytest.param("gpt-5-mini", Route("gpt-*-mini", (Target("anthropic", "gpt-5-mini"),)), id="longer pattern"),
+        pytest.param("gpt-5", Route("gpt-*", (Target("gemini", "gpt-5"),)), id="shorter pattern"),
+        pytest.param("other", Route("*", (Target("openai", "other"),)), id="any name"),
+        pytest.param("GPT-4o", Route("*", (Target("openai", "GPT-4o"),)), id="case matters"),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
+def test_the_most_specific_rule_applies(model: str, expected: Route, reverse: bool) -> None:
+    rules = (ANY, GPTS, EXACT, MINIS)
+    way = route(policy(*(reversed(rules) if reverse else rules)), model, None, ALL)
+    assert way == expected
+    found = rule_of(policy(*rules), way)
+    assert found is not None
+    assert found.pattern == expected.name
+
+
+def test_an_exact_name_beats_a_longer_pattern() -> None:
+    rules = policy(ModelRule("gpt-4o*****", (CLAUDE,)), ModelRule("gpt-4o", (GPT,)))
+    assert route(rules, "gpt-4o", None, ALL).targets == (GPT,)
+
+
+def test_a_name_with_a_patterns_characters_matches_itself() -> None:
+    assert route(policy(ModelRule("m[1]", (GPT,))), "m[1]", None, ALL).targets == (GPT,)
+
+
+def test_targets_without_a_dialect_here_are_skipped() -> None:
+    assert route(policy(EXACT), "gpt-4o", None, ("anthropic",)).targets == (CLAUDE,)
+
+
+def test_no_target_left_is_unavailable() -> None:
+    with pytest.raises(Unavailable):
+        route(policy(EXACT), "gpt-4o", None, ("gemini",))
+
+
+def test_a_forced_provider_filters() -> None:
+    assert route(policy(EXACT), "gpt-4o", "anthropic", ALL).targets == (CLAUDE,)
+
+
+def test_a_forced_provider_that_is_offered_but_not_spoken_to_is_unavailable() -> None:
+    with pytest.raises(Unavailable):
+        route(policy(EXACT), "gpt-4o", "anthropic", ("openai",))
+
+
+@pytest.mark.parametrize("forced", ["gemini", "", "http://169.254.169.254", "openai,anthropic"])
+def test_a_forced_provider_never_adds_a_target(forced: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        route(policy(EXACT), "gpt-4o", forced, ALL)
+    assert (caught.value.code, caught.value.param) == ("provider_not_found", "x-llm-provider")
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "", "x" * 10_000, "a\r\nset-cookie: b", "\ud800"], ids=ascii)
+def test_an_unknown_model_is_named_safely(model: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        route(policy(EXACT), model, None, ALL)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert caught.value.message.isascii()
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 400
+
+
+def test_a_rule_that_is_gone_is_none() -> None:
+    assert rule_of(policy(ANY), Route("gpt-4o", (GPT,))) is None

@@ -187,6 +187,13 @@ class TestFull:
         with opened(tmp_path, max_bytes=KIB) as journal:
             assert journal.full
 
+    def test_lets_go_of_a_segment_that_is_not_full_itself(self, tmp_path: Path) -> None:
+        """Open segments of many processors, all shipped, could otherwise fill the journal with nothing to delete."""
+        (tmp_path / "usage-1-1-1.jsonl").write_bytes(bytes(MIB))
+        with opened(tmp_path, max_bytes=MIB) as journal:
+            journal.append(usage_record())
+            wait_until(lambda: [owned(path) for path in segments(tmp_path)] == [False, False, True])
+
     def test_of_records_that_the_writer_has_not_come_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with opened(tmp_path, max_bytes=64 * MIB) as journal:
             with monkeypatch.context() as patch, stuck_disk(patch) as release:

@@ -220,7 +220,8 @@ class Ledger:
             self._index,
             *map(self._window_key, windows),
         )
-        figures = (ask.ask.nanousd, ask.ask.tokens, ask.least.nanousd, ask.least.tokens, self._hold_ttl_ms, ask.note)
+        amounts = (figure for amount in (ask.ask, ask.least, ask.used) for figure in (amount.nanousd, amount.tokens))
+        figures = (*amounts, self._hold_ttl_ms, ask.note)
         return self._script("hold", keys, figures, windows), partial(self._read_hold, ask, windows)
 
     def _read_hold(self, ask: HoldAsk, windows: tuple[BudgetWindow, ...], reply: list[Any]) -> Hold | HoldRefusal:
@@ -398,7 +399,13 @@ class _Backend(Protocol):
 
 # Without redis-py's own retries: the ledger's are bounded by each command's deadline. Without its socket timeouts
 # too: they cost a task a write and a timer a reply, and each pipeline has a timeout around the whole of it.
-_CLIENT: dict[str, Any] = {"socket_timeout": None, "socket_connect_timeout": None, "protocol": 2}
+_CLIENT: dict[str, Any] = {
+    "max_connections": limits.MAX_LEDGER_CONNECTIONS,
+    "retry": Retry(NoBackoff(), 0),
+    "socket_timeout": None,
+    "socket_connect_timeout": None,
+    "protocol": 2,
+}
 
 
 class _Node:
@@ -406,9 +413,7 @@ class _Node:
 
     def __init__(self, url: str) -> None:
         self.generation = 0
-        self._redis = Redis.from_url(
-            url, max_connections=limits.MAX_LEDGER_CONNECTIONS, retry=Retry(NoBackoff(), 0), **_CLIENT
-        )
+        self._redis = Redis.from_url(url, **_CLIENT)
 
     async def execute(self, commands: Sequence[_Args]) -> list[Any]:
         pipeline = self._redis.pipeline(transaction=False)
@@ -435,12 +440,7 @@ class _Cluster:
     def __init__(self, url: str, key: str) -> None:
         self.generation = 0
         self._key = key
-        self._cluster = RedisCluster.from_url(
-            url.replace("+cluster:", ":", 1),
-            max_connections=limits.MAX_LEDGER_CONNECTIONS,
-            cluster_error_retry_attempts=0,
-            **_CLIENT,
-        )
+        self._cluster = RedisCluster.from_url(url.replace("+cluster:", ":", 1), **_CLIENT)
 
     async def execute(self, commands: Sequence[_Args]) -> list[Any]:
         await self._cluster.initialize()

@@ -3,7 +3,8 @@
 -- The first line lets Redis check for memory and a writable server before the script runs, not half-way.
 --
 -- KEYS  1 hold  2 due  3 orphans  4 windows' index  5.. windows
--- ARGV  1, 2 wanted nanousd, tokens  3, 4 least nanousd, tokens  5 ttl in ms  6 note  7.. windows in JSON
+-- ARGV  1, 2 wanted nanousd, tokens  3, 4 least  5, 6 used: the first checkpoint  7 ttl in ms  8 note
+--       9.. windows in JSON
 --
 -- Returns  HELD nanousd tokens over              granted; `over` is soft budgets past their limit, in JSON, or empty
 --          REPEATED nanousd tokens over windows  the grant that this id has, and its windows in JSON
@@ -13,8 +14,9 @@
 local key, due, orphans, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wanted = { nanousd = integer(ARGV[1]), tokens = integer(ARGV[2]) }
 local least = { nanousd = integer(ARGV[3]), tokens = integer(ARGV[4]) }
-local ttl, note = integer(ARGV[5]), ARGV[6]
-local windows = read_windows(5, 7)
+local used = { nanousd = integer(ARGV[5]), tokens = integer(ARGV[6]) }
+local ttl, note = integer(ARGV[7]), ARGV[8]
+local windows = read_windows(5, 9)
 
 local stored = read_hold(key)
 if stored.state == 'open' then
@@ -60,6 +62,7 @@ for i, window in ipairs(windows) do
 end
 local over_text = #over > 0 and cjson.encode(over) or ''
 redis.call('HSET', key, 'state', 'open', 'nanousd', text_of(wanted.nanousd), 'tokens', text_of(wanted.tokens),
+  'used_nanousd', text_of(used.nanousd), 'used_tokens', text_of(used.tokens),
   'windows', cjson.encode(places), 'over', over_text, 'note', note)
 redis.call('ZADD', due, text_of(now + ttl), key)
 return { 'HELD', wanted.nanousd, wanted.tokens, over_text }

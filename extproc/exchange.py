@@ -6,6 +6,7 @@ with an error, because Envoy lets traffic through when a processor ends its stre
     START ─► IDENTIFYING ─► BODY ─► COUNTING ─► HOLDING ─► SENT ─► STREAMING ⇄ WAITING ─► CUTTING ─► DONE
                                                               ├──► ANSWERING (a whole JSON answer) ──► DONE
                                                               └──► FAILING (an error's body) ────────► DONE
+    START, BODY ─► PASSING: Envoy refused the request by itself
 
 A stream's chunk is forwarded only as far as the hold covers it. Beyond that it waits for the ledger, which is asked
 ahead of need, and is cut on the ledger's refusal. What was received is what is posted, forwarded or not: the provider
@@ -119,6 +120,7 @@ class State(Enum):
     ANSWERING = auto()
     FAILING = auto()
     CUTTING = auto()
+    PASSING = auto()
     DONE = auto()
 
 
@@ -317,6 +319,21 @@ class Exchange:
         self._hold = event.answer or NO_HOLD
         return self._release()
 
+    def _on_unseen_refusal(self, _: ResponseHeaders) -> list[Command]:
+        """Envoy refuses what is not HTTP to it before the gate is asked, and its reply comes past here: no record."""
+        self._state = State.PASSING
+        return [ContinueResponse()]
+
+    def _on_body_refusal(self, event: ResponseHeaders) -> list[Command]:
+        """Envoy ended the request while its body came: too large (413), or too slow (408)."""
+        status = int(headers.collect(event.headers).get(":status") or 0)
+        commands = [ContinueResponse(), *self._write(Outcome.REFUSED, status)]
+        self._state = State.PASSING
+        return commands
+
+    def _pass_chunk(self, _: ResponseBody) -> list[Command]:
+        return [_UNCHANGED]
+
     # --- The response -------------------------------------------------------------------------------------------------
 
     def _on_response_headers(self, event: ResponseHeaders) -> list[Command]:
@@ -351,7 +368,7 @@ class Exchange:
         else:
             self._state = State.ANSWERING
         warning = tuple(("x-tollgate-budget", f"over its soft limit: {name}") for name in self._hold.over[:1])
-        return [ContinueResponse(set_headers=warning, remove_headers=removed)]
+        return [ContinueResponse(set_headers=(self._own_id(), *warning), remove_headers=removed)]
 
     def _on_answer_chunk(self, event: ResponseBody) -> list[Command]:
         self._mark_first()
@@ -380,7 +397,7 @@ class Exchange:
         """An error's body is kept back until it is whole, so that no secret passes in two halves."""
         self._state = State.FAILING
         removed = (*headers.response_to_remove(view), "content-length")
-        commands: list[Command] = [ContinueResponse(remove_headers=removed)]
+        commands: list[Command] = [ContinueResponse(set_headers=(self._own_id(),), remove_headers=removed)]
         if end:
             commands += self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
         return commands
@@ -654,8 +671,12 @@ class Exchange:
             raise ProtocolViolation("nothing was planned yet")
         return self._plan
 
+    def _own_id(self) -> tuple[str, str]:
+        """Set here, since Envoy takes it from the request, where the target has removed it."""
+        return "x-request-id", self._request_id
+
     def _error_headers(self, error: TollgateError) -> Headers:
-        pairs = [_JSON]
+        pairs = [_JSON, self._own_id()]
         if error.retry_after_s is not None:
             pairs.append(("retry-after", str(error.retry_after_s)))
         if isinstance(error, BudgetExhausted):
@@ -750,6 +771,9 @@ TRANSITIONS: dict[tuple[State, type[Event]], Step] = {
     (State.IDENTIFYING, KeysRefreshed): Exchange._on_keys_refreshed,
     (State.IDENTIFYING, TimerFired): Exchange._on_admission_timeout,
     (State.BODY, RequestBody): Exchange._on_request_body,
+    (State.START, ResponseHeaders): Exchange._on_unseen_refusal,
+    (State.BODY, ResponseHeaders): Exchange._on_body_refusal,
+    (State.PASSING, ResponseBody): Exchange._pass_chunk,
     (State.BODY, TimerFired): _ignore,
     (State.COUNTING, PromptCounted): Exchange._on_prompt_counted,
     (State.COUNTING, TimerFired): Exchange._on_admission_timeout,

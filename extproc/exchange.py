@@ -374,22 +374,19 @@ class Exchange:
         self._mark_first()
         if len(self._answer) + len(event.body) <= limits.MAX_ANSWER_BYTES:
             self._answer += event.body
-        commands: list[Command] = [ForwardChunk()]
-        if event.end:
-            usage, source, tier = self._answer_usage()
-            commands += self._finish(Outcome.OK, usage, source, tier)
-        return commands
+        return [ForwardChunk(), *self._finish_answer()] if event.end else [ForwardChunk()]
 
-    def _answer_usage(self) -> tuple[Usage, UsageSource, str | None]:
+    def _finish_answer(self) -> list[Command]:
         try:
             answer = self._dialect.read_answer(bytes(self._answer))
         except ValueError:
-            # Not an answer that can be read: count all of it, which is at least what it holds.
+            # Not an answer, perhaps an error with status 200: count all of it, which is at least what it holds.
             tokens = count_texts((self._answer.decode("utf-8", "replace"),), self._counter())
-            return self._counted_usage(tokens), UsageSource.COUNTED, None
+            return self._finish(Outcome.UPSTREAM_ERROR, self._counted_usage(tokens), UsageSource.COUNTED)
         if answer.usage is not None:
-            return answer.usage, UsageSource.PROVIDER, answer.service_tier
-        return self._counted_usage(count_texts(answer.texts, self._counter())), UsageSource.COUNTED, answer.service_tier
+            return self._finish(Outcome.OK, answer.usage, UsageSource.PROVIDER, answer.service_tier)
+        usage = self._counted_usage(count_texts(answer.texts, self._counter()))
+        return self._finish(Outcome.OK, usage, UsageSource.COUNTED, answer.service_tier)
 
     # --- An answer that failed ----------------------------------------------------------------------------------------
 
@@ -518,7 +515,7 @@ class Exchange:
         """The end of an answer whose last chunk did not say so. Too late to add to the body: what lacks is a reset."""
         self._end = True
         if self._state is State.ANSWERING:
-            return [DropTrailers(event.names), *self._finish(Outcome.OK, *self._answer_usage())]
+            return [DropTrailers(event.names), *self._finish_answer()]
         if self._state is State.STREAMING and self._meter.complete and not self._meter.finish():
             return [DropTrailers(event.names), *self._finish_stream(Outcome.OK)]
         if self._state is State.FAILING:

@@ -14,12 +14,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from extproc.journal import decode
+from extproc import journal
 from extproc.ledger import Ledger
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.http import Server
@@ -47,6 +48,8 @@ budgets:
 """
 
 _START_TIMEOUT_S = 20.0
+
+decode = cache(journal.decode)  # tests that poll for a row read the same lines many times
 
 
 @dataclass

@@ -1,0 +1,36 @@
+"""What the end-to-end tests share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import Rig
+
+
+@pytest.fixture(scope="module")
+def short_directory() -> Iterator[Path]:
+    """A directory for a rig: pytest's own are too long for the path of a Unix socket."""
+    directory = Path(tempfile.mkdtemp(prefix="tg"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows the end of its rig's logs."""
+    report = yield
+    if report.failed:
+        arguments: dict[str, Any] = getattr(item, "funcargs", {})
+        for rig in (value for value in arguments.values() if isinstance(value, Rig)):
+            report.sections += [(path.name, _tail(path)) for path in sorted(rig.directory.glob("**/[pe]*.log"))]
+    return report
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

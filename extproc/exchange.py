@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 
@@ -76,6 +78,7 @@ from extproc.gate import Gate
 from extproc.identity import UnknownKey
 from extproc.metering import StreamMeter, count_texts, final_usage
 from extproc.plan import Plan, make_plan
+from extproc.pricing import Price
 from extproc.records import (
     NOTHING,
     Amount,
@@ -168,7 +171,7 @@ class Exchange:
         self._meter: StreamMeter
         self._backlog: list[Metered] = []
         self._out: list[bytes] = []
-        self._queue: deque[ResponseBody] = deque()  # chunks that came while one waits for the ledger
+        self._queue: deque[ResponseBody | ResponseTrailers] = deque()  # what came while a chunk waits, or after the cut
         self._answer = bytearray()
         self._end = False
         self._extending = False  # an extension is under way
@@ -211,6 +214,8 @@ class Exchange:
     def _on_request_headers(self, event: RequestHeaders) -> list[Command]:
         self._begun_ns = self._asked_ns
         self._request_id, path, method = _request_line(event.headers)
+        if not self._request_id:
+            raise ProtocolViolation("a request without an id")
         if path == _HEALTH_PATH:
             return self._health()
         if path not in self._gate.dialects:
@@ -218,8 +223,6 @@ class Exchange:
         self._dialect = self._gate.dialects[path]
         if method != "POST":
             raise MethodNotAllowed("This path takes POST only.")
-        if not self._request_id:
-            raise ProtocolViolation("a request without an id")
         self._headers = headers.collect(event.headers)
         if (lacking := self._gate.unready()) is not None:
             raise Unavailable(f"The gateway cannot take requests now: {lacking}.")
@@ -245,7 +248,7 @@ class Exchange:
     def _await_body(self, end: bool) -> list[Command]:
         headers.require_json(self._headers.get("content-type"), self._headers.get("content-encoding"))
         length = self._headers.get("content-length")
-        if length is not None and length.isdigit() and int(length[:20]) > limits.MAX_REQUEST_BYTES:
+        if length is not None and length.isdecimal() and int(length[:20]) > limits.MAX_REQUEST_BYTES:
             raise RequestTooLarge(f"The request is larger than {limits.MAX_REQUEST_BYTES // limits.MIB} MiB.")
         if end:
             raise BadRequest("The request has no body.")
@@ -337,16 +340,18 @@ class Exchange:
     # --- The response -------------------------------------------------------------------------------------------------
 
     def _on_response_headers(self, event: ResponseHeaders) -> list[Command]:
-        view = headers.collect(event.headers)
+        view = dict(event.headers)
         self._status = int(view.get(":status") or 0)
         self._attempts = int(view.get(ATTEMPTS_HEADER) or 1)
+        if _repeats(event.headers, "content-type") or _repeats(event.headers, "content-encoding"):
+            return self._replace_answer(UpstreamFailure("The provider's headers contradict each other."))
         encoding = (view.get("content-encoding") or "identity").strip().lower()
         if self._status in (401, 403) or 300 <= self._status < 400:
             return self._replace_answer(UpstreamFailure("The provider did not accept the gateway's request."))
+        if encoding != "identity":  # neither metered nor searched for secrets
+            return self._replace_answer(UpstreamFailure("The provider sent a compressed answer."))
         if not 200 <= self._status < 300:
             return self._begin_failure(view, event.end)
-        if encoding != "identity":
-            return self._replace_answer(UpstreamFailure("The provider sent a compressed answer, which is not metered."))
         if event.end:
             return self._replace_answer(UpstreamFailure("The provider's answer is empty."))
         return self._begin_answer(view)
@@ -356,7 +361,6 @@ class Exchange:
         removed = headers.response_to_remove(view)
         content_type = (view.get("content-type") or "").partition(";")[0].strip().lower()
         if content_type == "text/event-stream":
-            self._state = State.STREAMING
             self._meter = StreamMeter(
                 self._dialect,
                 self._counter(),
@@ -364,29 +368,43 @@ class Exchange:
                 choices=plan.call.choices,
                 hide_usage=not plan.call.wants_usage,
             )
+            self._state = State.STREAMING
             removed += ("content-length",)
         else:
             self._state = State.ANSWERING
-        warning = tuple(("x-tollgate-budget", f"over its soft limit: {name}") for name in self._hold.over[:1])
+        # A budget's name may hold a caller's or a policy's text, which is no header's.
+        over = (quote(name, safe="/@*:+") for name in self._hold.over[:1])
+        warning = tuple(("x-tollgate-budget", f"over its soft limit: {name}") for name in over)
         return [ContinueResponse(set_headers=(self._own_id(), *warning), remove_headers=removed)]
 
     def _on_answer_chunk(self, event: ResponseBody) -> list[Command]:
         self._mark_first()
-        if len(self._answer) + len(event.body) <= limits.MAX_ANSWER_BYTES:
-            self._answer += event.body
+        self._keep(event.body, limits.MAX_ANSWER_BYTES)
         return [ForwardChunk(), *self._finish_answer()] if event.end else [ForwardChunk()]
 
-    def _finish_answer(self) -> list[Command]:
+    def _keep(self, body: bytes, bound: int) -> None:
+        """Keep a body that can only be read whole, without what is above its bound."""
+        self._answer += body[: bound - len(self._answer)]
+
+    def _finish_answer(self, unread: Outcome = Outcome.UPSTREAM_ERROR, at_least: int = 0) -> list[Command]:
+        """`unread` is the outcome of what is no answer or not all of one, `at_least` its tokens if less is found."""
         try:
             answer = self._dialect.read_answer(bytes(self._answer))
         except ValueError:
-            # Not an answer, perhaps an error with status 200: count all of it, which is at least what it holds.
-            tokens = count_texts((self._answer.decode("utf-8", "replace"),), self._counter())
-            return self._finish(Outcome.UPSTREAM_ERROR, self._counted_usage(tokens), UsageSource.COUNTED)
+            # Perhaps an error with status 200, or the first half of an answer: all of its text is counted.
+            tokens = max(self._count((self._answer.decode("utf-8", "replace"),)), at_least)
+            return self._finish(unread, self._counted_usage(tokens), UsageSource.COUNTED)
         if answer.usage is not None:
             return self._finish(Outcome.OK, answer.usage, UsageSource.PROVIDER, answer.service_tier)
-        usage = self._counted_usage(count_texts(answer.texts, self._counter()))
+        usage = self._counted_usage(self._count(answer.texts))
         return self._finish(Outcome.OK, usage, UsageSource.COUNTED, answer.service_tier)
+
+    def _count(self, texts: tuple[str, ...]) -> int:
+        """Output tokens of a whole answer. A very long one by its beginning: all streams wait for the count."""
+        text = "".join(texts)
+        head = text[: limits.MAX_COUNTED_CHARS]
+        tokens = count_texts((head,), self._counter())
+        return min(tokens * len(text) // (len(head) or 1), self._allowance.cap)
 
     # --- An answer that failed ----------------------------------------------------------------------------------------
 
@@ -400,11 +418,12 @@ class Exchange:
         return commands
 
     def _on_error_chunk(self, event: ResponseBody) -> list[Command]:
-        if len(self._answer) + len(event.body) <= limits.MAX_ERROR_BYTES:
-            self._answer += event.body
+        self._keep(event.body, limits.MAX_ERROR_BYTES)
         if not event.end:
             return [ForwardChunk(b"")]
         body = self._gate.redact(bytes(self._answer))
+        if len(self._answer) == limits.MAX_ERROR_BYTES:  # cut off, perhaps in the middle of a secret
+            body = self._dialect.render_error(UpstreamFailure("The provider's error is too long to be passed on."))
         return [
             ForwardChunk(body),
             *self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER),
@@ -425,22 +444,37 @@ class Exchange:
         try:
             self._backlog = self._meter.feed(event.body)
         except StreamTooLarge:
-            self._backlog = []
             return self._cut(UpstreamFailure("The provider's stream has an event that is too long."))
-        if self._backlog and not self._first_ns:
+        if event.end:
+            self._backlog += self._remainder()
+        if self._meter.tokens:
             self._mark_first()
-        return self._forward(event.body)
+        if self._take_covered():
+            return self._pass_on(event.body)
+        self._state = State.WAITING
+        return [] if self._extending else self._extend(fresh=True)
 
-    def _forward(self, original: bytes | None) -> list[Command]:
-        """Pass on what the hold covers. What it does not waits in the backlog for the ledger."""
-        backlog, out, covered = self._backlog, self._out, self._allowance.covered
-        for position, metered in enumerate(backlog):
+    def _remainder(self) -> list[Metered]:
+        """What follows the last whole event. Half an event is left out: it would swallow the error that comes next."""
+        raw = self._meter.finish()
+        return [Metered(raw, False, self._meter.tokens)] if raw and self._meter_ended() else []
+
+    def _meter_ended(self) -> bool:
+        return self._meter.complete or self._meter.errored
+
+    def _take_covered(self) -> bool:
+        """Move what the hold covers out of the backlog. What it does not waits there for the ledger."""
+        covered = self._allowance.covered
+        for position, metered in enumerate(self._backlog):
             if metered.tokens > covered:
-                self._backlog = backlog[position:]
-                self._state = State.WAITING
-                return [] if self._extending else self._extend(fresh=True)
+                self._backlog = self._backlog[position:]
+                return False
             if not metered.hidden:
-                out.append(metered.raw)
+                self._out.append(metered.raw)
+        self._backlog = []
+        return True
+
+    def _pass_on(self, original: bytes | None) -> list[Command]:
         self._state = State.STREAMING
         if self._end:
             return self._end_stream()
@@ -452,7 +486,8 @@ class Exchange:
     def _chunk(self, original: bytes | None) -> ForwardChunk:
         body = b"".join(self._out)
         self._out = []
-        self._backlog = []
+        if self._meter.errored:
+            body = self._gate.redact(body)
         return _UNCHANGED if body == original else ForwardChunk(body)
 
     def _extend(self, fresh: bool) -> list[Command]:
@@ -477,20 +512,12 @@ class Exchange:
 
     def _on_awaited_lease(self, event: LeaseAnswered) -> list[Command]:
         """The stream stands still until this answer. Only one to a question asked since then can cut it."""
-        was_fresh = self._fresh
         self._on_lease_answered(event)
-        if event.lease is not None and not event.lease.gone:
-            commands = self._forward(None)
-            if self._state is not State.WAITING:
-                return commands + self._catch_up()
-            if not was_fresh:
-                return commands
-        elif not was_fresh:
-            return self._extend(fresh=True)
-        self._extending = False
-        return self._cut(_cut_error(event.lease))
+        if self._take_covered():
+            return self._pass_on(None) + self._catch_up()
+        return self._cut(_cut_error(event.lease)) if self._fresh else self._extend(fresh=True)
 
-    def _on_queued_chunk(self, event: ResponseBody) -> list[Command]:
+    def _on_queued(self, event: ResponseBody | ResponseTrailers) -> list[Command]:
         """Envoy does not wait for one chunk's answer before it sends the next; the answers keep their order."""
         self._queue.append(event)
         return []
@@ -498,17 +525,14 @@ class Exchange:
     def _catch_up(self) -> list[Command]:
         commands: list[Command] = []
         while self._queue and self._state is State.STREAMING:
-            commands += self._on_chunk(self._queue.popleft())
+            event = self._queue.popleft()
+            commands += self._on_chunk(event) if isinstance(event, ResponseBody) else self._on_trailers(event)
         return commands
 
     def _end_stream(self) -> list[Command]:
-        rest = self._meter.finish()
-        if self._meter.complete or self._meter.errored:
-            self._out.append(rest)
-            outcome = Outcome.UPSTREAM_ERROR if self._meter.errored else Outcome.OK
-        else:
+        if not self._meter_ended():
             self._out.append(self._dialect.render_error_event(UpstreamFailure("The provider's stream ended early.")))
-            outcome = Outcome.UPSTREAM_ERROR
+        outcome = Outcome.OK if self._meter.complete and not self._meter.errored else Outcome.UPSTREAM_ERROR
         return [self._chunk(None), *self._finish_stream(outcome)]
 
     def _on_trailers(self, event: ResponseTrailers) -> list[Command]:
@@ -534,14 +558,6 @@ class Exchange:
             return [*commands, *self._finish_stream(self._cut_outcome())]
         self._state = State.CUTTING
         return [*commands, SetTimer(limits.CUT_FLUSH_MS)]
-
-    def _on_late_chunk(self, event: ResponseBody) -> list[Command]:
-        """What still arrives of a stream that is being cut is counted, and goes no further."""
-        try:
-            self._meter.feed(event.body)
-        except StreamTooLarge:
-            return self._reset()
-        return self._reset() if event.end else []
 
     def _on_flushed(self, _: TimerFired) -> list[Command]:
         return self._reset()
@@ -570,10 +586,12 @@ class Exchange:
             case State.HOLDING:
                 commands = self._write(Outcome.CLIENT_GONE, CLIENT_GONE_STATUS)
                 self._state = State.ABANDONED
-            case State.SENT | State.ANSWERING:
-                self._status = self._status or CLIENT_GONE_STATUS
+            case State.SENT:
+                self._status = CLIENT_GONE_STATUS
                 usage = self._counted_usage(self._unseen_tokens())
                 commands = self._finish(Outcome.CLIENT_GONE, usage, UsageSource.COUNTED)
+            case State.ANSWERING:
+                commands = self._finish_answer(Outcome.CLIENT_GONE, self._unseen_tokens())
             case State.STREAMING | State.WAITING:
                 commands = self._finish_stream(Outcome.OK if self._has_everything() else Outcome.CLIENT_GONE)
             case State.CUTTING:
@@ -588,8 +606,10 @@ class Exchange:
 
     def _finish_stream(self, outcome: Outcome) -> list[Command]:
         meter = self._meter
-        while self._queue:
-            meter.feed(self._queue.popleft().body)  # came too late to be passed on, and is billed all the same
+        # What came too late to be passed on is billed all the same.
+        with suppress(StreamTooLarge):
+            meter.feed(b"".join(event.body for event in self._queue if isinstance(event, ResponseBody)))
+        meter.finish()
         usage, source = final_usage(
             meter.usage,
             complete=meter.complete,
@@ -605,7 +625,7 @@ class Exchange:
         self, outcome: Outcome, usage: Usage, source: UsageSource, service_tier: str | None = None
     ) -> list[Command]:
         plan = self._admitted
-        price = plan.price if service_tier is None else self._gate.prices.price(plan.target, service_tier)
+        price = self._price(service_tier)
         billed = usage.prompt or usage.completion
         cost_nanousd = price.cost(usage, int(plan.call.web_search)) if billed else 0
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
@@ -613,6 +633,16 @@ class Exchange:
             Settle(Settlement(self._request_id, self._hold.windows, actual)),
             *self._write(outcome, self._status, usage, source, cost_nanousd),
         ]
+
+    def _price(self, service_tier: str | None) -> Price:
+        """The price in the tier that the answer names, or, where that is not known, the one that was held for."""
+        plan = self._admitted
+        if service_tier is None:
+            return plan.price
+        try:
+            return self._gate.prices.price(plan.target, service_tier)
+        except BadRequest:
+            return plan.price
 
     def _refuse(self, error: TollgateError) -> list[Command]:
         if isinstance(error, BudgetExhausted):
@@ -654,7 +684,8 @@ class Exchange:
         return self._written_by(self._gate.clock.now_ns())
 
     def _thought_tokens(self) -> int:
-        return self._written_by(self._first_ns) if self._admitted.traits.reasoning and self._first_ns else 0
+        """What a reasoning model may have thought before its first visible token, or until now."""
+        return self._written_by(self._first_ns or self._gate.clock.now_ns()) if self._admitted.traits.reasoning else 0
 
     def _written_by(self, now_ns: int) -> int:
         elapsed_ms = (now_ns - self._sent_ns) // 1_000_000
@@ -748,6 +779,10 @@ def _request_line(pairs: Headers) -> tuple[str, str, str]:
     return wanted.get("x-request-id", ""), wanted.get(":path", "").partition("?")[0], wanted.get(":method", "")
 
 
+def _repeats(pairs: Headers, name: str) -> bool:
+    return sum(key == name for key, _ in pairs) > 1
+
+
 def _cut_error(lease: Lease | None) -> TollgateError:
     if lease is None:
         return Unavailable("The budget could not be extended in time, and what was held is used up.")
@@ -780,19 +815,23 @@ TRANSITIONS: dict[tuple[State, type[Event]], Step] = {
     (State.ABANDONED, TimerFired): _ignore,
     (State.SENT, ResponseHeaders): Exchange._on_response_headers,
     (State.STREAMING, ResponseBody): Exchange._on_chunk,
-    (State.WAITING, ResponseBody): Exchange._on_queued_chunk,
+    (State.WAITING, ResponseBody): Exchange._on_queued,
+    (State.WAITING, ResponseTrailers): Exchange._on_queued,
     (State.ANSWERING, ResponseBody): Exchange._on_answer_chunk,
     (State.FAILING, ResponseBody): Exchange._on_error_chunk,
     (State.WAITING, LeaseAnswered): Exchange._on_awaited_lease,
-    (State.CUTTING, ResponseBody): Exchange._on_late_chunk,
+    (State.CUTTING, ResponseBody): Exchange._on_queued,
+    (State.CUTTING, ResponseTrailers): _ignore,
     (State.CUTTING, TimerFired): Exchange._on_flushed,
     (State.CUTTING, LeaseAnswered): _ignore,
-    # Answers that come after the end.
+    # What comes after the end: late answers, and Envoy's messages that crossed a reset.
+    (State.DONE, ResponseBody): _ignore,
+    (State.DONE, ResponseTrailers): _ignore,
     (State.DONE, KeysRefreshed): _ignore,
     (State.DONE, PromptCounted): _ignore,
     (State.DONE, LeaseAnswered): _ignore,
     (State.DONE, TimerFired): _ignore,
-    **{(state, ResponseTrailers): Exchange._on_trailers for state in (State.STREAMING, State.WAITING)},
+    (State.STREAMING, ResponseTrailers): Exchange._on_trailers,
     **{(state, ResponseTrailers): Exchange._on_trailers for state in (State.ANSWERING, State.FAILING)},
     **{(state, LeaseAnswered): Exchange._on_lease_answered for state in (State.SENT, State.STREAMING)},
     **{(state, LeaseAnswered): Exchange._on_lease_answered for state in (State.ANSWERING, State.FAILING)},

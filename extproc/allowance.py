@@ -10,25 +10,26 @@ MTOK = 1_000_000
 
 
 class Allowance:
-    """Turns a hold in nano-USD and tokens into one number, the output tokens it covers, so that a chunk costs a compare.
+    """Turns a hold in nano-USD and tokens into one number, the output tokens it covers: a chunk then costs a compare.
 
-    `prompt_tokens` is the estimate that the hold was made with; `cap` bounds the output tokens of all choices together.
+    `prompt_tokens` is the estimate that the hold was made with; `cap` bounds the output tokens of all choices.
+    `web_searches` are held for from the start.
     """
 
-    __slots__ = ("_base_nanousd", "_held", "_output_nanousd_per_mtok", "cap", "covered", "lease_tokens", "prompt_tokens")
+    __slots__ = ("_base_nanousd", "_held", "_nanousd_per_mtok", "cap", "covered", "lease_tokens", "prompt_tokens")
 
-    def __init__(self, price: Price, prompt_tokens: int, cap: int, lease_tokens: int) -> None:
+    def __init__(self, price: Price, prompt_tokens: int, cap: int, lease_tokens: int, web_searches: int = 0) -> None:
         self.prompt_tokens = prompt_tokens
         self.cap = cap
         self.lease_tokens = lease_tokens
-        self._base_nanousd = price.hold_cost(prompt_tokens, 0)
-        self._output_nanousd_per_mtok = price.hold_cost(prompt_tokens, MTOK) - self._base_nanousd
+        self._base_nanousd = price.hold_cost(prompt_tokens, 0, web_searches)
+        self._nanousd_per_mtok = price.hold_cost(prompt_tokens, MTOK, web_searches) - self._base_nanousd
         self._held = Amount(0, 0)
         self.covered = 0
 
     def used(self, tokens: int) -> Amount:
         """What the request has cost with so many output tokens, rounded up."""
-        return Amount(self._base_nanousd - (-tokens * self._output_nanousd_per_mtok // MTOK), self.prompt_tokens + tokens)
+        return Amount(self._base_nanousd - (-tokens * self._nanousd_per_mtok // MTOK), self.prompt_tokens + tokens)
 
     def lease(self, tokens: int) -> Amount:
         """The hold to ask for when so many output tokens have come: two leases ahead, never past the cap.
@@ -46,8 +47,8 @@ class Allowance:
         self._held = held
         by_tokens = held.tokens - self.prompt_tokens
         by_money = UNBOUNDED
-        if self._output_nanousd_per_mtok:
-            by_money = (held.nanousd - self._base_nanousd) * MTOK // self._output_nanousd_per_mtok
+        if self._nanousd_per_mtok:
+            by_money = (held.nanousd - self._base_nanousd) * MTOK // self._nanousd_per_mtok
         self.covered = max(0, min(by_tokens, by_money))
 
     @property

@@ -274,6 +274,7 @@ class Exchange:
             prompt_text_tokens + plan.call.prompt_extra,
             plan.cap * plan.call.choices,
             self._gate.lease_tokens,
+            int(plan.call.web_search),
         )
         self._state = State.HOLDING
         ask = HoldAsk(

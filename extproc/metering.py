@@ -26,7 +26,7 @@ def starting_factor(target: Target) -> float:
 
 
 def count_texts(texts: Iterable[str], count: Callable[[str], int]) -> int:
-    """Tokens of all texts. Long ones are counted in slices, which may add a token at each cut but stays linear."""
+    """Tokens of all texts. Long ones are counted in slices: linear, at the price of a token or two at each cut."""
     total = 0
     for text in texts:
         if len(text) <= COUNT_SLICE_CHARS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -115,20 +115,16 @@ class Case:
     def random_chunks(self, seed: int, largest: int = 400) -> list[bytes]:
         """The body in chunks of 1 to `largest` bytes, the same ones for the same seed."""
         random = Random(seed)
-        sizes: list[int] = []
-        while sum(sizes) < len(self.body):
-            sizes.append(random.randint(1, largest))
-        return list(_cut(self.body, sizes))
+        return list(_cut(self.body, (random.randint(1, largest) for _ in self.body)))
 
 
-def _cut(body: bytes, sizes: list[int]) -> Iterator[bytes]:
+def _cut(body: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
     start = 0
     for size in sizes:
-        if start < len(body):
-            yield body[start : start + size]
+        if start >= len(body):
+            return
+        yield body[start : start + size]
         start += size
-    if start < len(body):
-        yield body[start:]
 
 
 @cache

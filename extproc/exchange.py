@@ -190,6 +190,11 @@ class Exchange:
         """Where the exchange stands, for the shell and for tests."""
         return self._state
 
+    @property
+    def done(self) -> bool:
+        """Whether the request is over: nothing of it waits for an answer, or may still pass."""
+        return self._state in (State.DONE, State.PASSING)
+
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what the shell must do, in order.
 

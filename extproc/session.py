@@ -41,6 +41,10 @@ _log = logging.getLogger(__name__)
 class Machine(Protocol):
     """A pure state machine: `exchange.Exchange` or `target.Attempt`."""
 
+    @property
+    def done(self) -> bool:
+        """Whether the request is over for it: nothing waits for an answer, or may still pass."""
+
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what must be done. Raises ProtocolViolation."""
 
@@ -102,6 +106,11 @@ class Session:
             return
         self._handle(event)
 
+    @property
+    def done(self) -> bool:
+        """Whether Envoy may close the stream. Before that, a close must not look like consent."""
+        return self._machine.done
+
     def close(self) -> None:
         """Envoy closed or reset the stream. Dependencies may still answer; nothing is sent any more."""
         if not self._closed:
@@ -116,11 +125,17 @@ class Session:
             self._fail(str(error))
             return
         except Exception:
-            _log.exception("a request could not be processed")
-            self._fail("internal error")
+            self._break()
             return
         for command in commands:
-            self._carry_out(command)
+            try:
+                self._carry_out(command)
+            except Exception:  # the others are carried out all the same: one of them may be the settlement
+                self._break()
+
+    def _break(self) -> None:
+        _log.exception("a request could not be processed")
+        self._fail("internal error")
 
     def _fail(self, reason: str) -> None:
         """End with an error, and let the machine account for what was under way."""

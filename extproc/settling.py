@@ -38,8 +38,8 @@ class Settler:
 
         def answered(done: asyncio.Future[bool]) -> None:
             self._under_way.discard(done)
-            if not done.cancelled() and done.exception() is not None:
-                _log.warning("settlement of %s waits for the ledger: %s", settlement.request_id, done.exception())
+            if (reason := "cancelled" if done.cancelled() else done.exception()) is not None:
+                _log.warning("settlement of %s waits for the ledger: %s", settlement.request_id, reason)
                 self._log.add(settlement)
 
         future.add_done_callback(answered)

@@ -64,8 +64,15 @@ class Sweeper:
         self._written, known = set(), self._written
         for orphan in orphans:
             if orphan.request_id not in known:
-                self._write(orphan_record(orphan))
+                self._write_record(orphan)
                 self._written.add(orphan.request_id)
+
+    def _write_record(self, orphan: Orphan) -> None:
+        """Its cost is posted already: a note that cannot be read must not keep the others from being swept."""
+        try:
+            self._write(orphan_record(orphan))
+        except (ValueError, TypeError, KeyError):
+            _log.exception("the note of %s cannot be read; posted: %s", orphan.request_id, orphan.posted)
 
 
 def orphan_record(orphan: Orphan) -> UsageRecord:

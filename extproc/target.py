@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from extproc import headers
 from extproc.errors import ProtocolViolation
-from extproc.events import Command, ContinueRequest, Event, Reply, RequestHeaders
+from extproc.events import Closed, Command, ContinueRequest, Event, Reply, RequestHeaders
 
 API_PREFIX = "/v1"  # of the paths that the gateway serves; a provider's base URL has its own
 
@@ -28,15 +28,19 @@ class Targets:
 class Attempt:
     """One attempt. It sees the request's headers, and no body."""
 
-    __slots__ = ("_targets",)
+    __slots__ = ("_targets", "done")
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self.done = False
 
     def handle(self, event: Event) -> list[Command]:
-        """Take the headers; return the one answer. Raises ProtocolViolation for anything else that has an answer."""
-        if not isinstance(event, RequestHeaders):
+        """Take the headers; return the one answer. Raises ProtocolViolation for whatever else Envoy may send."""
+        if isinstance(event, Closed):
             return []
+        if not isinstance(event, RequestHeaders) or self.done:
+            raise ProtocolViolation(f"{type(event).__name__} at the target")
+        self.done = True
         provider = event.provider
         if provider is None or provider not in self._targets.base_urls:
             raise ProtocolViolation(f"no such provider: {provider!r}")

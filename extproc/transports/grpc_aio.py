@@ -98,6 +98,8 @@ class _Stream:
                 await self._context.abort(grpc.StatusCode.INTERNAL, reason)
             if reading.done():
                 reading.result()
+                if not session.done and not self._ended.done():
+                    await self._context.abort(grpc.StatusCode.CANCELLED, "closed before the end of the request")
             if self._flushing is not None:
                 await self._flushing
         finally:

@@ -32,13 +32,17 @@ for i, window in ipairs(windows) do
   end
 end
 
+-- Where both units give less than asked, the one that covers the smaller part of what was used is what ends the answer.
 local more = {}
-local limiting = 0
+local limiting, least_covered = 0, math.huge
 for _, unit in ipairs(UNITS) do
   more[unit] = math.max(target[unit] - hold.held[unit], 0)
   if room[unit] and room[unit] < more[unit] then
     more[unit] = room[unit]
-    limiting = limiting > 0 and limiting or tightest[unit]
+    local covered = (hold.held[unit] + more[unit]) / math.max(used[unit], 1)
+    if covered < least_covered then
+      limiting, least_covered = tightest[unit], covered
+    end
   end
 end
 

@@ -608,7 +608,8 @@ class Exchange:
 
     def _has_everything(self) -> bool:
         """Clients hang up at the closing event, before the provider's connection has ended."""
-        return self._state is State.STREAMING and self._meter.complete and self._meter.usage is not None
+        meter = self._meter
+        return self._state is State.STREAMING and (meter.closed or (meter.complete and meter.usage is not None))
 
     def _finish_stream(self, outcome: Outcome) -> list[Command]:
         meter = self._meter

@@ -93,6 +93,11 @@ class StreamMeter:
         """Whether the answer has come whole: closed by its dialect, or every choice finished (some never close)."""
         return self._done or (self._started <= self._finished and len(self._finished) >= self._choices)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the dialect's closing event has come, after which there is nothing more."""
+        return self._done
+
     def feed(self, chunk: bytes) -> list[Metered]:
         """The events that this chunk completes, in order. An event's beginning is held back until its end has come."""
         return [self._meter(event) for event in self._parser.feed(chunk)]

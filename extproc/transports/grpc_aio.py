@@ -82,8 +82,9 @@ class _Stream:
 
     def send(self, message: bytes) -> None:
         self._outbox.append(message)
-        if self._flushing is None:
+        if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.ensure_future(self._flush())
+            self._flushing.add_done_callback(_seen)
 
     def end(self, reason: str | None) -> None:
         if not self._ended.done():
@@ -113,8 +114,11 @@ class _Stream:
 
     async def _flush(self) -> None:
         """One writer at a time: gRPC takes one write after the other."""
-        try:
-            while self._outbox:
-                await self._context.write(self._outbox.popleft())
-        finally:
-            self._flushing = None
+        while self._outbox:
+            await self._context.write(self._outbox.popleft())
+
+
+def _seen(flushing: asyncio.Task[None]) -> None:
+    """A write fails where Envoy has reset the stream, which ends `run` too: not worth asyncio's complaint."""
+    if not flushing.cancelled():
+        flushing.exception()

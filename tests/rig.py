@@ -9,18 +9,19 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
-from extproc import journal
+from extproc.journal import decode
 from extproc.ledger import Ledger
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.http import Server
@@ -49,7 +50,37 @@ budgets:
 
 _START_TIMEOUT_S = 20.0
 
-decode = cache(journal.decode)  # tests that poll for a row read the same lines many times
+_PLAINTEXT = ssl.create_default_context()  # made once: every httpx client would make its own, which is slow
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that a caller was told. `broken` is how its connection failed before the end, if it did."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    broken: Exception | None = None
+
+    @property
+    def request_id(self) -> str:
+        return str(self.headers["x-request-id"])
+
+    @property
+    def events(self) -> list[bytes]:
+        """The events of a stream, each with its blank line."""
+        return [block + b"\n\n" for block in self.body.split(b"\n\n") if block]
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The error of the answer, or of its last event."""
+        last = self.body
+        if self.events and not last.startswith(b"{"):
+            last = self.events[-1].removeprefix(b"data: ")
+        with suppress(ValueError):
+            error: dict[str, Any] | None = json.loads(last).get("error")
+            return error
+        return None
 
 
 @dataclass
@@ -101,6 +132,9 @@ class Rig:
     namespace: str
     policy_path: Path
     scripts: list[Callable[[Received], Script]] = field(default_factory=list)
+    played: list[tuple[Received, Script]] = field(default_factory=list)  # what the provider was asked and answered
+    minted: list[str] = field(default_factory=list)  # every ID token, for canaries
+    told: list[Told] = field(default_factory=list)  # everything that `ask` was told
 
     @property
     def url(self) -> str:
@@ -111,11 +145,33 @@ class Rig:
         self.scripts[:] = [script if callable(script) else lambda _: script]
 
     def token(self, email: str = SERVICE, **claims: Any) -> str:
-        return self.issuer.mint(email, AUDIENCE, 3600, time.time(), **claims)
+        token = self.issuer.mint(email, AUDIENCE, 3600, time.time(), **claims)
+        self.minted.append(token)
+        return token
 
     def client(self, email: str = SERVICE, **options: Any) -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {self.token(email)}", **options.pop("headers", {})}
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, **options)
+
+    async def ask(
+        self, email: str = SERVICE, *, http2: bool = False, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> Told:
+        """One chat call, read to its end or until it breaks. `fields` are the body's; `user` says who it was from."""
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "user": email, **fields}
+        broken: Exception | None = None
+        received = bytearray()
+        async with (
+            self.client(email, http1=not http2, http2=http2, verify=_PLAINTEXT, headers=headers or {}) as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as answer,
+        ):
+            try:
+                async for part in answer.aiter_raw():
+                    received += part
+            except httpx.TransportError as error:
+                broken = error
+        told = Told(answer.status_code, answer.headers, bytes(received), broken)
+        self.told.append(told)
+        return told
 
     async def set_policy(self, text: str) -> None:
         """Write the policy, and wait until every processor has taken it."""
@@ -181,10 +237,16 @@ class Rig:
         return balances
 
     async def restart_envoy(self) -> None:
+        await self.kill_envoy()
+        await self.start_envoy()
+        await self.ready()
+
+    async def kill_envoy(self) -> None:
         self.envoy.kill()
         await self.envoy.wait()
+
+    async def start_envoy(self) -> None:
         self.envoy = await _start_envoy(self.directory)
-        await self.ready()
 
     async def ready(self) -> None:
         async with httpx.AsyncClient() as client:
@@ -234,10 +296,18 @@ async def running(
     base_url: Callable[[ScriptedProvider], str] | None = None,
     places: Mapping[str, Any] | None = None,
     tls: Any = None,
+    tune: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[Rig]:
-    """A gateway of its own, in `directory`, taken down at the end."""
+    """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration."""
     scripts: list[Callable[[Received], Script]] = []
-    provider = ScriptedProvider(lambda request: scripts[0](request))
+    played: list[tuple[Received, Script]] = []
+
+    def choose(request: Received) -> Script:
+        script = scripts[0](request)
+        played.append((request, script))
+        return script
+
+    provider = ScriptedProvider(choose)
     await provider.start(tls)
     issuer = DevIssuer.open(directory)
     keys = await serve_certificates(issuer)
@@ -268,17 +338,20 @@ async def running(
                 },
             )
         )
-    (directory / "envoy.yaml").write_text(
-        render(
-            Places(
-                port=port,
-                admin_port=admin_port,
-                sockets=[worker.socket for worker in workers],
-                base_urls={"openai": provider_url},
-                **(places or {}),
-            )
+    envoys_config = render(
+        Places(
+            port=port,
+            admin_port=admin_port,
+            sockets=[worker.socket for worker in workers],
+            base_urls={"openai": provider_url},
+            **(places or {}),
         )
     )
+    if tune is not None:
+        config = yaml.safe_load(envoys_config)
+        tune(config)
+        envoys_config = yaml.safe_dump(config, sort_keys=False)
+    (directory / "envoy.yaml").write_text(envoys_config)
     for worker in workers:
         await worker.start()
     envoy = await _start_envoy(directory)
@@ -295,6 +368,7 @@ async def running(
         namespace="tollgate",
         policy_path=policy_path,
         scripts=scripts,
+        played=played,
     )
     try:
         await rig.ready()
@@ -315,7 +389,7 @@ async def _start_envoy(directory: Path) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(
         envoy_binary(),
         *("--config-path", str(directory / "envoy.yaml")),
-        *("--log-level", "warn", "--concurrency", "1", "--use-dynamic-base-id"),
+        *("--log-level", "warn", "--concurrency", "1", "--use-dynamic-base-id", "--file-flush-interval-msec", "50"),
         stdout=log,
         stderr=log,
     )

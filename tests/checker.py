@@ -1,0 +1,225 @@
+"""What must hold after every case, whatever was broken: nothing unbilled, nothing billed twice, nothing left over.
+
+Redis, the journals, /proc and Envoy's statistics are read directly: none of it through the ledger's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis import Redis
+
+from extproc.limits import MAX_LEDGER_CONNECTIONS
+from extproc.local.provider import Received, Script
+from extproc.records import Outcome, UsageRecord
+from extproc.tokens import counter
+from tests.rig import PROVIDER_KEY, Rig
+
+LEASE_TOKENS = 100  # the stated bound: what one open stream may miss, or exceed, is one lease
+
+_SETTLES_WITHIN_S = 15.0
+_SPARE_FILES = MAX_LEDGER_CONNECTIONS + 4  # connections that a processor opens when it first needs them
+_GAUGES = ("cluster.extproc.upstream_rq_active", "cluster.openai.upstream_rq_active")
+
+
+@dataclass
+class Checker:
+    """The one checker. `check` waits until everything holds, and says what does not where it never does.
+
+    `unposted_tokens` bounds, for each request, what the provider emitted and was not posted.
+    """
+
+    rig: Rig
+    unposted_tokens: int = LEASE_TOKENS
+    files: dict[int, int] = field(default_factory=dict)  # each processor's open files when it was first seen
+
+    def __post_init__(self) -> None:
+        self._leftovers()
+
+    async def check(self) -> None:
+        """Raises AssertionError with all that is wrong."""
+        deadline = time.monotonic() + _SETTLES_WITHIN_S
+        quiet = 0
+        while quiet < 2:  # twice: what comes late and twice must be seen
+            problems = await self._problems()
+            quiet = 0 if problems else quiet + 1
+            if problems and time.monotonic() > deadline:
+                raise AssertionError("\n".join(("the checker found:", *problems)))
+            await asyncio.sleep(0.05)
+
+    async def _problems(self) -> list[str]:
+        ledger = _LedgerDump.of(self.rig)
+        rows = self.rig.records()
+        return [
+            *ledger.problems(),
+            *_unsettled(ledger, rows),
+            *_misposted(ledger, rows),
+            *self._unbilled(rows),
+            *_leaks(self.rig, ledger),
+            *self._leftovers(),
+            *await self._open_streams(),
+        ]
+
+    def _unbilled(self, rows: list[UsageRecord]) -> list[str]:
+        """What the provider was asked and emitted, by caller, against what was written down."""
+        problems = []
+        for caller, played in _by_caller(self.rig.played).items():
+            admitted = [row for row in rows if row.service == caller and row.outcome is not Outcome.REFUSED]
+            if len(admitted) < len(played):
+                problems.append(f"{caller}: the provider saw {len(played)} requests, {len(admitted)} rows say so")
+            emitted = sum(emitted_tokens(request, script) for request, script in played)
+            posted = sum(row.completion_tokens for row in admitted)
+            if emitted - posted > self.unposted_tokens * len(played):
+                problems.append(f"{caller}: {emitted} tokens emitted, {posted} posted")
+        return problems
+
+    def _leftovers(self) -> list[str]:
+        problems = []
+        for processor in self.rig.processors:
+            process = processor.process
+            if process is None or process.returncode is not None:
+                continue
+            count = len(os.listdir(f"/proc/{process.pid}/fd"))
+            allowed = self.files.setdefault(process.pid, count) + _SPARE_FILES
+            if count > allowed:
+                problems.append(f"processor {process.pid} has {count} open files, {allowed} at most were to be left")
+        return problems
+
+    async def _open_streams(self) -> list[str]:
+        if self.rig.envoy.returncode is not None:
+            return []
+        stats = await self.rig.admin("/stats?filter=rq_active")
+        figures = dict(line.split(": ") for line in stats.splitlines())
+        return [f"Envoy's {name} is {figures[name]}" for name in _GAUGES if figures[name] != "0"]
+
+
+@dataclass(frozen=True)
+class _LedgerDump:
+    """The whole of Redis. `text` is all of it, for canaries."""
+
+    holds: dict[str, dict[str, str]]
+    windows: dict[str, dict[str, str]]
+    text: str
+
+    @classmethod
+    def of(cls, rig: Rig) -> _LedgerDump:
+        prefix = f"{{{rig.namespace}}}:"
+        found: dict[str, dict[str, dict[str, str]]] = {"hold": {}, "window": {}}
+        everything: list[Any] = []
+        with Redis(unix_socket_path=str(rig.valkey.socket_path), decode_responses=True, socket_timeout=5) as redis:
+            for key in redis.scan_iter(count=1000):
+                kind, _, name = key.removeprefix(prefix).partition(":")
+                values = redis.hgetall(key) if redis.type(key) == "hash" else redis.zrange(key, 0, -1)
+                everything.append((key, values))
+                if kind in found:
+                    found[kind][name] = values
+        return cls(found["hold"], found["window"], json.dumps(everything))
+
+    def problems(self) -> list[str]:
+        open_holds = {name: hold for name, hold in self.holds.items() if hold["state"] == "open"}
+        held: dict[str, int] = {}
+        for hold in open_holds.values():
+            for key, unit in json.loads(hold["windows"]):
+                name = key.partition(":window:")[2]
+                held[name] = held.get(name, 0) + int(hold[unit])
+        problems = [f"the hold of {name} is left open" for name in open_holds]
+        for name, window in self.windows.items():
+            pending = int(window.get("pending", 0))
+            if pending != held.get(name, 0):
+                problems.append(f"{name}: {pending} is pending, the open holds are {held.get(name, 0)}")
+        return problems
+
+    def budgets(self) -> dict[str, int]:
+        """What is posted under each budget, its windows together."""
+        posted: dict[str, int] = {}
+        for name, window in self.windows.items():
+            budget_id = name.rpartition(":")[0]
+            posted[budget_id] = posted.get(budget_id, 0) + int(window.get("posted", 0))
+        return posted
+
+
+def emitted_tokens(request: Received, script: Script) -> int:
+    """Tokens of all text in the chunks that the provider sent, as far as they can be read."""
+    if not 200 <= script.status < 300 or dict(script.headers).get("content-encoding"):
+        return 0
+    body = b"".join(script.chunks[: request.chunks_sent])
+    count = counter("o200k_base")
+    lines = [body] if script.whole else body.replace(b"\r", b"\n").split(b"\n")
+    return sum(count(text) for line in lines for text in _texts(line.removeprefix(b"data:")))
+
+
+def _texts(data: bytes) -> Iterable[str]:
+    try:
+        choices = json.loads(data)["choices"]
+    except (ValueError, TypeError, KeyError):
+        return
+    for choice in choices:
+        said = choice.get("delta") or choice.get("message") or {}
+        yield said.get("content") or ""
+        yield from (call["function"].get("arguments") or "" for call in said.get("tool_calls") or ())
+
+
+def _by_caller(played: Iterable[tuple[Received, Script]]) -> dict[str, list[tuple[Received, Script]]]:
+    """By the request's `user`, which `Rig.ask` sets; requests without one are not looked at."""
+    found: dict[str, list[tuple[Received, Script]]] = {}
+    for request, script in played:
+        if (caller := json.loads(request.body).get("user")) is not None:
+            found.setdefault(caller, []).append((request, script))
+    return found
+
+
+def _unsettled(ledger: _LedgerDump, rows: list[UsageRecord]) -> list[str]:
+    """Every hold has a row, and every row of a request that was let through a hold, settled or expired."""
+    ids = {row.request_id for row in rows}
+    admitted = {row.request_id for row in rows if row.outcome is not Outcome.REFUSED and row.cost_nanousd}
+    ended = {name for name, hold in ledger.holds.items() if hold["state"] in ("settled", "expired")}
+    return [
+        *(f"{name} was held for and has no row" for name in set(ledger.holds) - ids),
+        *(f"{name} was billed and never settled" for name in admitted - ended),
+    ]
+
+
+def _misposted(ledger: _LedgerDump, rows: list[UsageRecord]) -> list[str]:
+    problems = []
+    for budget_id, posted in ledger.budgets().items():
+        billed = sum(_figure(row, budget_id) for row in rows if _applies(budget_id, row))
+        if billed != posted:
+            problems.append(f"{budget_id}: {posted} is posted, the rows' sum is {billed}")
+    return problems
+
+
+def _figure(row: UsageRecord, budget_id: str) -> int:
+    tokens = budget_id.removesuffix("/soft").removesuffix("/shadow").endswith("/tokens")
+    return row.prompt_tokens + row.completion_tokens if tokens else row.cost_nanousd
+
+
+def _applies(budget_id: str, row: UsageRecord) -> bool:
+    scope, _, rest = budget_id.partition("/")
+    of = {"service": row.service, "team": row.team, "user": row.user, "model": row.requested_model}
+    return scope == "global" or (of[scope] is not None and rest.startswith(f"{of[scope]}/"))
+
+
+def _leaks(rig: Rig, ledger: _LedgerDump) -> list[str]:
+    """The provider's key is for the provider only, and a caller's token for the gateway only."""
+    # The signature is what makes a token worth stealing, and is in no other.
+    tokens = {token.rpartition(".")[2] for token in rig.minted}
+    written = rig.everything_written()
+    told = "\n".join(f"{told.headers!r} {told.body!r}" for told in rig.told)
+    asked = "\n".join(
+        f"{request.target} {[pair for pair in request.headers if pair != ('authorization', f'Bearer {PROVIDER_KEY}')]}"
+        f" {request.body!r}"
+        for request in rig.provider.received
+    )
+    places = {"logs and journals": written, "Redis": ledger.text, "callers' answers": told, "the provider": asked}
+    return [
+        f"{what} is in {place}"
+        for place, text in places.items()
+        for what, secrets in (("the provider's key", {PROVIDER_KEY}), ("a caller's token", tokens))
+        if any(secret in text for secret in secrets)
+    ]

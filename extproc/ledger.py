@@ -134,13 +134,7 @@ class Ledger:
 
         Works without the hold too: then it posts to the settlement's windows. The future raises LedgerUnavailable.
         """
-        keys = (
-            self._hold_key(settlement.request_id),
-            self._due,
-            self._orphans,
-            self._index,
-            *map(self._window_key, settlement.windows),
-        )
+        keys = self._all_keys(settlement.request_id, settlement.windows)
         figures = (settlement.actual.nanousd, settlement.actual.tokens)
         return self._issue(self._script("settle", keys, figures, settlement.windows), bool)
 
@@ -206,6 +200,9 @@ class Ledger:
     def _window_key(self, window: BudgetWindow) -> str:
         return f"{self._prefix}window:{window.budget.id}:{window.start_ms}"
 
+    def _all_keys(self, request_id: str, windows: tuple[BudgetWindow, ...]) -> tuple[str, ...]:
+        return (self._hold_key(request_id), self._due, self._orphans, self._index, *map(self._window_key, windows))
+
     def _script(
         self, name: str, keys: Sequence[str], figures: Sequence[object] = (), windows: Sequence[BudgetWindow] = ()
     ) -> _Args:
@@ -213,13 +210,7 @@ class Ledger:
 
     def _holding(self, ask: HoldAsk, now_ms: int) -> tuple[_Args, Callable[[Any], Hold | HoldRefusal]]:
         windows = tuple(window_at(budget, now_ms) for budget in ask.budgets)
-        keys = (
-            self._hold_key(ask.request_id),
-            self._due,
-            self._orphans,
-            self._index,
-            *map(self._window_key, windows),
-        )
+        keys = self._all_keys(ask.request_id, windows)
         amounts = (figure for amount in (ask.ask, ask.least, ask.used) for figure in (amount.nanousd, amount.tokens))
         figures = (*amounts, self._hold_ttl_ms, ask.note)
         return self._script("hold", keys, figures, windows), partial(self._read_hold, ask, windows)
@@ -290,7 +281,6 @@ class Ledger:
         except _FAILURES as error:
             replies = [error] * len(batch)
         if any(isinstance(reply, (*_WRONG_NODE, *_LOST)) for reply in replies):
-            self._scripts_known = False
             await self._backend.renew(generation)
         for command, reply in zip(batch, replies, strict=True):
             self._answer(command, reply)

@@ -41,13 +41,16 @@ def final_usage(
 ) -> tuple[Usage, UsageSource]:
     """What an answer is billed: the provider's figures, else the counted ones (`prompt_tokens`, `completion_tokens`).
 
-    A stream that did not end may have reported usage before its last text. The larger figure is taken then.
+    A stream that did not end may have reported usage before its last text. The larger figure is taken then, and zeros,
+    which some providers send with every event until the last, say nothing.
     """
     if reported is None:
         return Usage(prompt_tokens, completion_tokens), UsageSource.COUNTED
-    if complete or reported.completion >= completion_tokens:
+    if complete:
         return reported, UsageSource.PROVIDER
-    return replace(reported, completion=completion_tokens), UsageSource.COUNTED
+    completion = max(reported.completion, completion_tokens)
+    usage = replace(reported, prompt=reported.prompt or prompt_tokens, completion=completion)
+    return usage, UsageSource.PROVIDER if usage == reported else UsageSource.COUNTED
 
 
 class StreamMeter:

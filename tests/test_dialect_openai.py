@@ -351,6 +351,10 @@ PIECES: dict[str, tuple[Any, Piece]] = {
         delta({"reasoning": "hm", "reasoning_content": "hm", "reasoning_details": [{"text": "hm"}]}),
         Piece(texts=("hm",), started=(0,)),
     ),
+    "reasoning and its details": (
+        delta({"reasoning": "hm", "reasoning_details": [{"text": "hm"}]}),
+        Piece(texts=("hm",), started=(0,)),
+    ),
     "reasoning_details only": (
         delta({"reasoning_details": [{"text": "a"}, {"summary": "b"}, {"data": "encrypted"}]}),
         Piece(texts=("a", "b"), started=(0,)),
@@ -466,6 +470,14 @@ USAGES: dict[str, tuple[dict[str, Any], Usage | None]] = {
     "reasoning outside, by its size": (
         {**USAGE, "completion_tokens_details": {"reasoning_tokens": 20}},
         Usage(3, 24, reasoning=20),
+    ),
+    "reasoning outside of the total too": (
+        {**USAGE, "total_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 20}},
+        Usage(3, 26, reasoning=20),
+    ),
+    "more audio than prompted": (
+        {**USAGE, "prompt_tokens_details": {"audio_tokens": 9}},
+        Usage(3, 4, audio_prompt=3),
     ),
     "reasoning unnamed": ({**USAGE, "total_tokens": 17}, Usage(3, 14, reasoning=10)),
     "audio outside the prompt": (

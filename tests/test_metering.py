@@ -136,6 +136,15 @@ def test_complete(events: list[bytes], choices: int, complete: bool) -> None:
     assert stream.complete is complete
 
 
+def test_closed() -> None:
+    """Complete by its choices, a stream may still bring its usage; closed, it brings nothing more."""
+    stream = meter()
+    stream.feed(STOP)
+    assert (stream.complete, stream.closed) == (True, False)
+    stream.feed(DONE)
+    assert (stream.complete, stream.closed) == (True, True)
+
+
 def test_errored() -> None:
     stream = meter()
     stream.feed(event(text("a")))

@@ -408,10 +408,10 @@ def _add_text(value: object, texts: list[str]) -> bool:
 def _add_texts(message: dict[str, Any], texts: list[str]) -> None:
     """All of a delta or message that is billed as output."""
     content = message.get("content")
+    if _add_text(content, texts) and len(message) == 1:  # most deltas
+        return
     if isinstance(content, list):
         _add_parts(content, texts)
-    else:
-        _add_text(content, texts)
     _add_text(message.get("refusal"), texts)
     _add_reasoning(message, texts)
     for call in _dicts(message.get("tool_calls")):
@@ -477,13 +477,13 @@ def _billed(usage: dict[str, Any], prompt: int, completion: int) -> Usage:
     elif left_out:
         completion += left_out
         reasoning = max(reasoning, left_out)
-    elif reasoning > completion:
+    if reasoning > completion:
         completion += reasoning
     return Usage(
         prompt=prompt,
         completion=completion,
         cached_prompt=min(_cached(usage, prompt_details), prompt),
-        reasoning=min(reasoning, completion),
+        reasoning=reasoning,
         audio_prompt=min(audio_prompt, prompt),
         audio_completion=min(_count(completion_details, "audio_tokens") or 0, completion),
     )

@@ -198,6 +198,7 @@ FINAL: dict[str, tuple[Usage | None, bool, Usage, UsageSource]] = {
     "not reported": (None, True, Usage(9, 15), UsageSource.COUNTED),
     "not reported, cut": (None, False, Usage(9, 15), UsageSource.COUNTED),
     "cut after usage": (REPORTED, False, REPORTED, UsageSource.PROVIDER),
+    "cut after zeros": (Usage(0, 0), False, Usage(9, 15), UsageSource.COUNTED),
     "cut long after usage": (Usage(10, 3, 5), False, Usage(10, 15, 5), UsageSource.COUNTED),
 }
 

@@ -357,14 +357,23 @@ class Exchange:
         if encoding != "identity":  # neither metered nor searched for secrets
             return self._replace_answer(UpstreamFailure("The provider sent a compressed answer."))
         if not 200 <= self._status < 300:
-            return self._begin_failure(view, event.end)
+            return self._begin_failure(event)
         if event.end:
             return self._replace_answer(UpstreamFailure("The provider's answer is empty."))
-        return self._begin_answer(view)
+        return self._begin_answer(view, self._kept_back(event.headers))
 
-    def _begin_answer(self, view: dict[str, str]) -> list[Command]:
+    def _kept_back(self, pairs: Headers) -> tuple[str, ...]:
+        """Names that must not reach the caller: those that are not its business, and any with a secret in its value."""
+        removed = headers.response_to_remove(name for name, _ in pairs)
+        if not self._holds_secret("\n".join(value for _, value in pairs).encode("latin-1")):
+            return removed
+        return removed + tuple(name for name, value in pairs if self._holds_secret(value.encode("latin-1")))
+
+    def _holds_secret(self, data: bytes) -> bool:
+        return self._gate.redact(data) != data
+
+    def _begin_answer(self, view: dict[str, str], removed: tuple[str, ...]) -> list[Command]:
         plan = self._admitted
-        removed = headers.response_to_remove(view)
         content_type = (view.get("content-type") or "").partition(";")[0].strip().lower()
         if content_type == "text/event-stream":
             self._meter = StreamMeter(
@@ -386,6 +395,8 @@ class Exchange:
     def _on_answer_chunk(self, event: ResponseBody) -> list[Command]:
         self._mark_first()
         self._keep(event.body, limits.MAX_ANSWER_BYTES)
+        if self._holds_secret(event.body):  # its length was announced, so that nothing can be taken out
+            return [Reply(UpstreamFailure.status, details="secret"), *self._finish_unread(Outcome.UPSTREAM_ERROR)]
         return [ForwardChunk(), *self._finish_answer()] if event.end else [ForwardChunk()]
 
     def _keep(self, body: bytes, bound: int) -> None:
@@ -397,13 +408,16 @@ class Exchange:
         try:
             answer = self._dialect.read_answer(bytes(self._answer))
         except ValueError:
-            # Perhaps an error with status 200, or the first half of an answer: all of its text is counted.
-            tokens = max(self._count((self._answer.decode("utf-8", "replace"),)), at_least)
-            return self._finish(unread, self._counted_usage(tokens), UsageSource.COUNTED)
+            return self._finish_unread(unread, at_least)
         if answer.usage is not None:
             return self._finish(Outcome.OK, answer.usage, UsageSource.PROVIDER, answer.service_tier)
         usage = self._counted_usage(self._count(answer.texts))
         return self._finish(Outcome.OK, usage, UsageSource.COUNTED, answer.service_tier)
+
+    def _finish_unread(self, outcome: Outcome, at_least: int = 0) -> list[Command]:
+        """Perhaps an error with status 200, or the first half of an answer: all of its text is counted."""
+        tokens = max(self._count((self._answer.decode("utf-8", "replace"),)), at_least)
+        return self._finish(outcome, self._counted_usage(tokens), UsageSource.COUNTED)
 
     def _count(self, texts: tuple[str, ...]) -> int:
         """Output tokens of a whole answer. A very long one by its beginning: all streams wait for the count."""
@@ -414,12 +428,12 @@ class Exchange:
 
     # --- An answer that failed ----------------------------------------------------------------------------------------
 
-    def _begin_failure(self, view: dict[str, str], end: bool) -> list[Command]:
+    def _begin_failure(self, event: ResponseHeaders) -> list[Command]:
         """An error's body is kept back until it is whole, so that no secret passes in two halves."""
         self._state = State.FAILING
-        removed = (*headers.response_to_remove(view), "content-length")
+        removed = (*self._kept_back(event.headers), "content-length")
         commands: list[Command] = [ContinueResponse(set_headers=(self._own_id(),), remove_headers=removed)]
-        if end:
+        if event.end:
             commands += self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
         return commands
 
@@ -490,10 +504,8 @@ class Exchange:
         return commands
 
     def _chunk(self, original: bytes | None) -> ForwardChunk:
-        body = b"".join(self._out)
+        body = self._gate.redact(b"".join(self._out))  # whole events: no secret is in two halves
         self._out = []
-        if self._meter.errored:
-            body = self._gate.redact(body)
         return _UNCHANGED if body == original else ForwardChunk(body)
 
     def _extend(self, fresh: bool) -> list[Command]:

@@ -60,6 +60,7 @@ KEYS_FETCH_TIMEOUT_S = 5  # for the whole fetch; a shutdown may have to wait for
 KEYS_REFETCH_INTERVAL_S = 30  # an unknown `kid`, which anyone can make up, causes no more fetches than this
 MAX_KEYS_BACKOFF_S = 60  # between attempts while the key server is down
 MAX_SECRET_BYTES = 8 * KIB  # a provider's key must fit into a header
+MIN_REDACTED_BYTES = 12  # a shorter "key" is a placeholder and may be a word of any answer; real ones have 32 and more
 MAX_JOURNAL_QUEUE = 20_000  # records in memory, waiting for the journal's writer
 MAX_JOURNAL_BATCH = 1_000  # records in one write of the journal, about 600 KB
 MAX_SEGMENT_BYTES = 16 * MIB  # one file of the journal: what a shipper that fell behind deletes at a time

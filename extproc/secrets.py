@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from extproc.limits import MAX_SECRET_BYTES
+from extproc.limits import MAX_SECRET_BYTES, MIN_REDACTED_BYTES
 from extproc.settings import SettingsInvalid
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,10 @@ class Secrets(Protocol):
         """The provider's key, or None where it has none."""
 
     def values(self) -> tuple[str, ...]:
-        """Every key in use, and those that were just replaced, whose answers may still be on their way."""
+        """What must not get out: every key in use, and those just replaced, whose answers may still be on their way.
+
+        Not what is too short to be a secret: a server without keys is given `none`, which any text may hold.
+        """
 
 
 class Source(Protocol):
@@ -86,6 +89,7 @@ class SecretStore:
         self._sources = tuple(sources)
         self._keys = self._read()
         self._replaced: dict[str, str] = {}
+        self._values = _told_from_text(self._keys.values())
         self._background: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -97,7 +101,7 @@ class SecretStore:
 
     def values(self) -> tuple[str, ...]:
         """See `Secrets`."""
-        return (*self._keys.values(), *self._replaced.values())
+        return self._values
 
     def start(self) -> None:
         """Read the sources again every few seconds, until `close`."""
@@ -119,6 +123,7 @@ class SecretStore:
             return
         self._replaced |= {provider: key for provider, key in self._keys.items() if keys.get(provider) != key}
         self._keys = keys
+        self._values = _told_from_text((*keys.values(), *self._replaced.values()))
 
     async def _refresh_forever(self) -> None:
         while True:
@@ -130,6 +135,10 @@ class SecretStore:
         for source in reversed(self._sources):
             keys.update(source.read())
         return keys
+
+
+def _told_from_text(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value for value in values if len(value) >= MIN_REDACTED_BYTES)
 
 
 def _checked(name: str, value: str) -> str:

@@ -109,7 +109,7 @@ def test_headers_that_are_trusted_are_stripped_on_the_way_in() -> None:
     assert {"remove": "x-request-id"} in mutations
     assert HCM["use_remote_address"] is True
     assert HCM["preserve_external_request_id"] is False
-    assert HCM["common_http_protocol_options"]["headers_with_underscores_action"] == "REJECT_REQUEST"
+    assert HCM["common_http_protocol_options"]["headers_with_underscores_action"] == "DROP_HEADER"
 
 
 def test_a_stream_has_no_total_time_but_silence_is_bounded() -> None:

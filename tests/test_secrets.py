@@ -26,17 +26,17 @@ def files(directory: Path) -> FileSource:
 
 
 def test_keys_of_the_environment() -> None:
-    store: Secrets = SecretStore([environment(OPENAI_API_KEY="sk-1", GEMINI_API_KEY="", OTHER_API_KEY="sk-2")])
-    assert [store.key(provider) for provider in (*PROVIDERS, "other")] == ["sk-1", None, None, None]
-    assert store.values() == ("sk-1",)
+    store: Secrets = SecretStore([environment(OPENAI_API_KEY=CANARY, GEMINI_API_KEY="", OTHER_API_KEY="sk-2")])
+    assert [store.key(provider) for provider in (*PROVIDERS, "other")] == [CANARY, None, None, None]
+    assert store.values() == (CANARY,)
 
 
 @pytest.mark.parametrize(
     ("data", "key"),
     [
-        (b"sk-1", "sk-1"),
-        (b"sk-1\n", "sk-1"),
-        (b"sk-1\r\n", "sk-1"),
+        (bCANARY, CANARY),
+        (b"sk-1\n", CANARY),
+        (b"sk-1\r\n", CANARY),
         (b"x" * MAX_SECRET_BYTES, "x" * MAX_SECRET_BYTES),
     ],
     ids=["plain", "lf", "crlf", "longest"],
@@ -86,37 +86,39 @@ def test_a_directory_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_win_over_the_environment(tmp_path: Path) -> None:
-    (tmp_path / "OPENAI_API_KEY").write_text("sk-file")
-    store = SecretStore([files(tmp_path), environment(OPENAI_API_KEY="sk-env", GEMINI_API_KEY="g-env")])
-    assert (store.key("openai"), store.key("gemini")) == ("sk-file", "g-env")
-    assert sorted(store.values()) == ["g-env", "sk-file"]
+    (tmp_path / "OPENAI_API_KEY").write_text("sk-file-0123456789")
+    store = SecretStore(
+        [files(tmp_path), environment(OPENAI_API_KEY="sk-env-0123456789", GEMINI_API_KEY="g-env-0123456789")]
+    )
+    assert (store.key("openai"), store.key("gemini")) == ("sk-file-0123456789", "g-env-0123456789")
+    assert sorted(store.values()) == ["g-env-0123456789", "sk-file-0123456789"]
 
 
 async def test_a_changed_file_is_read_again_and_the_old_key_still_redacted(tmp_path: Path) -> None:
     file = tmp_path / "OPENAI_API_KEY"
-    file.write_text("sk-old")
-    store = SecretStore([files(tmp_path), environment(OPENAI_API_KEY="sk-env")])
+    file.write_text("sk-old-0123456789")
+    store = SecretStore([files(tmp_path), environment(OPENAI_API_KEY="sk-env-0123456789")])
     redactor = Redactor(store.values)
-    file.write_text("sk-new")
-    assert store.key("openai") == "sk-old"
+    file.write_text("sk-new-0123456789")
+    assert store.key("openai") == "sk-old-0123456789"
     await store.refresh()
     await store.refresh()
-    assert store.key("openai") == "sk-new"
-    assert redactor.redact(b"sk-old sk-new") == b"[redacted] [redacted]"
+    assert store.key("openai") == "sk-new-0123456789"
+    assert redactor.redact(b"sk-old-0123456789 sk-new-0123456789") == b"[redacted] [redacted]"
     file.unlink()
     await store.refresh()
-    assert store.key("openai") == "sk-env"
-    assert redactor.redact(b"sk-new sk-env") == b"[redacted] [redacted]"
+    assert store.key("openai") == "sk-env-0123456789"
+    assert redactor.redact(b"sk-new-0123456789 sk-env-0123456789") == b"[redacted] [redacted]"
 
 
 async def test_a_broken_file_leaves_everything_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "OPENAI_API_KEY"
-    file.write_text("sk-old")
+    file.write_text("sk-old-0123456789")
     store = SecretStore([files(tmp_path)])
     file.write_text(CANARY + " x")
     with caplog.at_level(logging.DEBUG):
         await store.refresh()
-    assert store.key("openai") == "sk-old"
+    assert store.key("openai") == "sk-old-0123456789"
     assert "OPENAI_API_KEY" in caplog.text
     assert "canary" not in caplog.text
 
@@ -126,12 +128,12 @@ async def test_the_background_task_reads_again_until_it_is_closed(
 ) -> None:
     monkeypatch.setattr("extproc.secrets._REFRESH_S", 0.001)
     file = tmp_path / "OPENAI_API_KEY"
-    file.write_text("sk-old")
+    file.write_text("sk-old-0123456789")
     store = SecretStore([files(tmp_path)])
     store.start()
-    file.with_suffix(".new").write_text("sk-new")
+    file.with_suffix(".new").write_text("sk-new-0123456789")
     file.with_suffix(".new").rename(file)
-    while store.key("openai") != "sk-new":  # noqa: ASYNC110
+    while store.key("openai") != "sk-new-0123456789":  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     await store.close()
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
@@ -143,3 +145,11 @@ def test_no_value_is_shown(tmp_path: Path) -> None:
     shown = f"{SecretStore(sources)} {SecretStore(sources)!r} {sources!r}"
     assert "canary" not in shown
     assert "SecretStore(gemini, openai)" in shown
+
+
+@pytest.mark.parametrize("placeholder", ["none", "EMPTY", "scripted", "x"])
+def test_a_placeholder_is_a_key_but_no_secret(placeholder: str) -> None:
+    """A server without keys is given some word for one; answers that hold this word must stay whole."""
+    store = SecretStore([environment(OPENAI_API_KEY=placeholder, GEMINI_API_KEY=CANARY)])
+    assert store.key("openai") == placeholder
+    assert store.values() == (CANARY,)

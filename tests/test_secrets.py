@@ -34,9 +34,9 @@ def test_keys_of_the_environment() -> None:
 @pytest.mark.parametrize(
     ("data", "key"),
     [
-        (bCANARY, CANARY),
-        (b"sk-1\n", CANARY),
-        (b"sk-1\r\n", CANARY),
+        (b"sk-1", "sk-1"),
+        (b"sk-1\n", "sk-1"),
+        (b"sk-1\r\n", "sk-1"),
         (b"x" * MAX_SECRET_BYTES, "x" * MAX_SECRET_BYTES),
     ],
     ids=["plain", "lf", "crlf", "longest"],

@@ -72,3 +72,27 @@ POLICY_POLL_S = 1  # how soon a change of the policy file is seen
 MAX_CACHED_PRICES = 4_096  # resolved prices: model names come from callers
 MAX_CACHED_TRAITS = 4_096  # models looked up in the catalogue, likewise
 MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + MIB  # one ext_proc message: a whole request body and its frame
+
+# The wire transport (HTTP/2; sections are RFC 9113's) -------------------------------------------------------------------
+MAX_CONCURRENT_STREAMS = 2_048  # of one connection; what envoy.yaml asks for
+MAX_CONNECTIONS = 1_024  # of one server; envoy.yaml's circuit breaker
+STREAM_WINDOW_BYTES = 1 * MIB  # a large prompt takes 33 round trips, on a socket that takes 50 µs for one
+CONNECTION_WINDOW_BYTES = 16 * MIB
+MAX_ASSEMBLED_BYTES = 512 * MIB  # messages of which a part has come, in one server: 15 of the largest
+MAX_STREAM_QUEUED_BYTES = 2 * MAX_MESSAGE_BYTES  # answers that wait for the peer's windows
+MAX_QUEUED_BYTES = 512 * MIB  # the same, of one connection
+WRITE_HIGH_WATER_BYTES = 1 * MIB  # in the socket's buffer; above it content waits in its stream, and can be dropped
+MAX_UNREAD_CONTROL_BYTES = 1 * MIB  # answers outside flow control that the peer does not read
+MAX_FIELDS_BYTES = 16 * KIB  # of a request, announced as MAX_HEADER_LIST_SIZE; Envoy's calls have 0.5 KiB
+MAX_FIELDS_DECODED_BYTES = 64 * KIB  # over this a block is a bomb, and the connection ends
+MAX_BLOCK_BYTES = 64 * KIB  # HEADERS and its CONTINUATIONs
+MAX_CONTINUATIONS = 16
+MAX_CACHED_BLOCKS = 256  # header blocks whose fields are remembered
+MAX_REMEMBERED_STREAMS = 2 * MAX_CONCURRENT_STREAMS  # ended streams on which frames may still be under way (5.1)
+MAX_STATUS_MESSAGE_BYTES = 1 * KIB  # grpc-message
+FLOOD_BURST = 10_000  # frames that carry nothing; Envoy's own bound on its queue of control frames
+FLOOD_REFILL_PER_S = 1_000  # about 2% of a core
+SETTINGS_FLOOD_COST = 100  # SETTINGS may touch every stream
+MAX_SETTINGS = 32  # in one frame; there are fewer than ten
+HANDSHAKE_TIMEOUT_S = 10  # until the preface and the acknowledgement of our SETTINGS have come
+LINGER_S = 1  # for the peer to read why the connection ends

@@ -37,10 +37,14 @@ from extproc.settlements import SettlementLog
 from extproc.settling import Settler
 from extproc.sweeping import Sweeper
 from extproc.target import Attempt, Targets
-from extproc.transports.grpc_aio import End, GrpcServer, Send
+from extproc.transports import End, Send
+from extproc.transports.grpc_aio import GrpcServer
+from extproc.transports.wire.server import WireServer
 
 _WATCH_S = 1.0  # how often Redis and the learned factors are looked at
 _SPOKEN = frozenset({"openai"})  # providers whose own dialect is in DIALECTS
+
+_TRANSPORTS: dict[str, type[GrpcServer] | type[WireServer]] = {"grpc": GrpcServer, "wire": WireServer}
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +94,7 @@ class Processor:
         )
         self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
         self._use(self._policy_file.policy)
-        self._server = GrpcServer(f"unix:{settings.socket_path}", self._open)
+        self._server = _TRANSPORTS[settings.transport](f"unix:{settings.socket_path}", self._open, self.lacking)
         self._health = HealthServer(self.lacking, settings.health_port)
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -15,6 +15,8 @@ PROVIDER_BASE_URLS = {
 
 GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid
 
+TRANSPORTS = ("grpc", "wire")  # the first is the default
+
 
 class SettingsInvalid(Exception):
     """A setting that cannot be used. The message names the variable, never a secret's value."""
@@ -30,6 +32,7 @@ class Settings:
     state_dir: Path
     usage_db_path: Path
     health_port: int = 9091
+    transport: str = "grpc"
     secrets_dir: Path | None = None
     base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
     issuer_keys: Mapping[str, str] = field(default_factory=lambda: {"https://accounts.google.com": GOOGLE_ISSUER_KEYS})
@@ -54,6 +57,7 @@ class Settings:
             state_dir=state_dir,
             usage_db_path=Path(env.get("TOLLGATE_USAGE_DB", str(state_dir / "usage.duckdb"))),
             health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
+            transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
             secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
             base_urls={
                 provider: _base_url(f"{provider.upper()}_BASE_URL", env.get(f"{provider.upper()}_BASE_URL") or default)
@@ -79,6 +83,13 @@ def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: in
     if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
         raise SettingsInvalid(f"{name} must be a whole number from {low} to {high}")
     return int(text)
+
+
+def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    value = env.get(name) or choices[0]
+    if value not in choices:
+        raise SettingsInvalid(f"{name} must be one of {', '.join(choices)}")
+    return value
 
 
 def _base_url(name: str, url: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,23 +11,22 @@ import grpc
 
 from extproc.limits import MAX_MESSAGE_BYTES
 from extproc.session import Session
-
-SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
-ROLE = "x-tollgate-role"
-
-Send = Callable[[bytes], None]
-End = Callable[[str | None], None]
-Open = Callable[[str, Send, End], Session | None]
+from extproc.transports import ROLE, SERVICE, Open, probe
+from extproc.transports.probe import Lacking
 
 
 class GrpcServer:
-    """Serves `Process`. `open_session(role, send, end)` makes the session of a stream, or None for an unknown role."""
+    """Serves `Process` and the health service, on `unix:/path` or `host:port`.
 
-    def __init__(self, address: str, open_session: Open) -> None:
+    `open_session(role, send, end)` makes the session of a stream, or None for an unknown role.
+    """
+
+    def __init__(self, address: str, open_session: Open, lacking: Lacking) -> None:
         self.open_streams = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = open_session
+        self._lacking = lacking
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -36,8 +34,14 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        handler = grpc.stream_stream_rpc_method_handler(self._process)  # bytes in, bytes out
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Process": handler}),))
+        process = grpc.stream_stream_rpc_method_handler(self._process)  # bytes in, bytes out
+        check = grpc.unary_unary_rpc_method_handler(self._check)
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(SERVICE, {"Process": process}),
+                grpc.method_handlers_generic_handler(probe.SERVICE, {"Check": check}),
+            )
+        )
         self._server.add_insecure_port(address)
 
     async def start(self) -> None:
@@ -52,6 +56,12 @@ class GrpcServer:
     async def close(self) -> None:
         """Take no new streams, and end those that are open with an error."""
         await self._server.stop(0)
+
+    async def _check(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        answer = probe.check(request, self._lacking)
+        if answer is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "only the server as a whole is known")
+        return answer
 
     async def _process(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         role = dict(context.invocation_metadata() or ()).get(ROLE, "")

@@ -1,0 +1,24 @@
+"""The health service (grpc.health.v1) beside ext_proc, for whoever spreads streams over processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+
+SERVICE = "grpc.health.v1.Health"
+Lacking = Callable[[], str | None]  # what the gateway lacks to take requests, or None
+
+
+def check(request: bytes, lacking: Lacking) -> bytes | None:
+    """Answer `Check`, from and to its wire format. None where it asks for a service that is not here (NOT_FOUND)."""
+    try:
+        service = health_pb2.HealthCheckRequest.FromString(request).service
+    except DecodeError:
+        return None
+    if service:
+        return None
+    states = health_pb2.HealthCheckResponse
+    answer = states(status=states.SERVING if lacking() is None else states.NOT_SERVING)
+    return bytes(answer.SerializeToString())

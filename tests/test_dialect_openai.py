@@ -229,6 +229,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "stream_options.Include_Usage",
         "unknown_parameter",
     ),
+    "models to fall back on": (request(models=["gpt-5-pro"]), "models", "unsupported_parameter"),
+    "another address": (request(api_base="http://169.254.169.254"), "api_base", "unsupported_parameter"),
+    "a provider in capitals": (request(Provider={"order": ["x"]}), "Provider", "unsupported_parameter"),
     "Content": (with_message(Content="x"), "messages[0].Content", "unknown_parameter"),
     "Text": (
         with_content({"type": "text", "text": "a", "Text": "b"}),

@@ -48,6 +48,10 @@ _CALL_FIELDS = frozenset((
     "web_search_options",
 ))
 # fmt: on
+# Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key than `model` says.
+_ROUTING_FIELDS = frozenset(
+    ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
+)
 _MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
 _PART_FIELDS = frozenset(("type", "text", "refusal", "image_url", "input_audio", "file"))
 _OPTION_FIELDS = frozenset(("include_usage",))
@@ -63,6 +67,7 @@ class OpenAIChat:
     def read_call(self, body: Mapping[str, Any]) -> Call:
         """Check a parsed request. Raises BadRequest in OpenAI's words and codes, naming the field in `param`."""
         _refuse_misspelt(body, _CALL_FIELDS)
+        _refuse_routing(body)
         model = _model(body)
         stream = _optional(body, "stream", bool) or False
         prompt = _Prompt(IMAGE_TOKENS_4O_MINI if "4o-mini" in model else IMAGE_TOKENS)
@@ -223,6 +228,13 @@ def _refuse_misspelt(fields: Mapping[str, Any], known: Collection[str], where: s
         if meant in known:
             message = f"Unknown parameter: '{where}{name}'. Did you mean '{where}{meant}'?"
             raise BadRequest(message, code="unknown_parameter", param=where + name)
+
+
+def _refuse_routing(body: Mapping[str, Any]) -> None:
+    for name in body:
+        if name.casefold() in _ROUTING_FIELDS:
+            message = f"Unsupported parameter: '{name}'. Where a call goes is this gateway's policy."
+            raise BadRequest(message, code="unsupported_parameter", param=name)
 
 
 # Requests: the fields -------------------------------------------------------------------------------------------------

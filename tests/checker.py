@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from redis import Redis
 
@@ -38,6 +37,7 @@ class Checker:
     rig: Rig
     unposted_tokens: int = LEASE_TOKENS
     files: dict[int, int] = field(default_factory=dict)  # each processor's open files when it was first seen
+    emitted: dict[tuple[int, int], int] = field(default_factory=dict)  # tokens, as they do not change
 
     def __post_init__(self) -> None:
         self._leftovers()
@@ -73,11 +73,17 @@ class Checker:
             admitted = [row for row in rows if row.service == caller and row.outcome is not Outcome.REFUSED]
             if len(admitted) < len(played):
                 problems.append(f"{caller}: the provider saw {len(played)} requests, {len(admitted)} rows say so")
-            emitted = sum(emitted_tokens(request, script) for request, script in played)
+            emitted = sum(self._emitted(request, script) for request, script in played)
             posted = sum(row.completion_tokens for row in admitted)
             if emitted - posted > self.unposted_tokens * len(played):
                 problems.append(f"{caller}: {emitted} tokens emitted, {posted} posted")
         return problems
+
+    def _emitted(self, request: Received, script: Script) -> int:
+        key = (id(request), request.chunks_sent)  # the rig keeps every request, so that its id is no other's
+        if key not in self.emitted:
+            self.emitted[key] = emitted_tokens(request, script)
+        return self.emitted[key]
 
     def _leftovers(self) -> list[str]:
         problems = []
@@ -111,14 +117,19 @@ class _LedgerDump:
     def of(cls, rig: Rig) -> _LedgerDump:
         prefix = f"{{{rig.namespace}}}:"
         found: dict[str, dict[str, dict[str, str]]] = {"hold": {}, "window": {}}
-        everything: list[Any] = []
         with Redis(unix_socket_path=str(rig.valkey.socket_path), decode_responses=True, socket_timeout=5) as redis:
-            for key in redis.scan_iter(count=1000):
-                kind, _, name = key.removeprefix(prefix).partition(":")
-                values = redis.hgetall(key) if redis.type(key) == "hash" else redis.zrange(key, 0, -1)
-                everything.append((key, values))
-                if kind in found:
-                    found[kind][name] = values
+            keys = sorted(redis.scan_iter(count=10_000))
+            pipeline = redis.pipeline(transaction=False)
+            for key in keys:
+                if key.endswith((":due", ":windows")):
+                    pipeline.zrange(key, 0, -1)
+                else:
+                    pipeline.hgetall(key)
+            everything = list(zip(keys, pipeline.execute(), strict=True))
+        for key, values in everything:
+            kind, _, name = key.removeprefix(prefix).partition(":")
+            if kind in found:
+                found[kind][name] = values
         return cls(found["hold"], found["window"], json.dumps(everything))
 
     def problems(self) -> list[str]:

@@ -253,7 +253,9 @@ class Rig:
 
             async def healthy() -> bool:
                 with suppress(httpx.HTTPError):
-                    return (await client.get(f"{self.url}/healthz")).status_code == 200
+                    # Envoy asks its processors in turn: as many as there are must say so, one after the other.
+                    asked = [await client.get(f"{self.url}/healthz") for _ in self.processors]
+                    return all(answer.status_code == 200 for answer in asked)
                 return False
 
             await eventually(healthy, "the gateway to be ready")
@@ -438,3 +440,12 @@ def streamed(words: int, *, prompt: int = 10, pause_s: float = 0.0, end: bool = 
     if end:
         chunks += [delta("", finish="stop"), usage(prompt, words), DONE]
     return Script(chunks=chunks, pause_s=pause_s)
+
+
+def whole(text: str, *, prompt: int, completion: int) -> Script:
+    """A whole answer."""
+    figures = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o", "choices": [choice]}
+    body = json.dumps({**answer, "usage": figures}).encode()
+    return Script(headers=(("content-type", "application/json"),), chunks=[body], whole=True)

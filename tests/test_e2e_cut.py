@@ -15,7 +15,7 @@ import pytest_asyncio
 from extproc.local.provider import Received, Script
 from extproc.records import Outcome, UsageSource
 from tests.checker import Checker
-from tests.rig import DONE, Rig, Told, delta, event, eventually, running, streamed, usage
+from tests.rig import DONE, Rig, Told, delta, event, eventually, running, streamed, usage, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -232,7 +232,7 @@ async def test_an_answer_that_ends_exactly_at_the_limit_is_whole(rig: Rig) -> No
 
 async def test_a_whole_answer_that_could_cost_more_than_is_left_is_refused(rig: Rig) -> None:
     who = caller("tokens-whole")
-    rig.answer(whole_answer("word", prompt=PROMPT, completion=1))
+    rig.answer(whole("word", prompt=PROMPT, completion=1))
     connections, asked = rig.provider.connections, len(rig.played)
     for cap in (None, TOKENS_LEFT + 1):
         told = await rig.ask(who, max_tokens=cap)
@@ -242,15 +242,6 @@ async def test_a_whole_answer_that_could_cost_more_than_is_left_is_refused(rig: 
 
     assert (await rig.ask(who, max_tokens=TOKENS_LEFT)).status == 200
     assert len(rig.played) == asked + 1
-
-
-def whole_answer(text: str, *, prompt: int, completion: int) -> Script:
-    figures = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o", "choices": [choice]}
-    body = json.dumps({**answer, "usage": figures}).encode()
-    return Script(headers=(("content-type", "application/json"),), chunks=[body], whole=True)
 
 
 async def test_a_stream_whose_thoughts_are_hidden_is_held_for_its_whole_cap(rig: Rig) -> None:

@@ -375,7 +375,7 @@ class Exchange:
     def _begin_answer(self, view: dict[str, str], removed: tuple[str, ...]) -> list[Command]:
         plan = self._admitted
         content_type = (view.get("content-type") or "").partition(";")[0].strip().lower()
-        if content_type == "text/event-stream":
+        if content_type == "text/event-stream" or (plan.call.stream and not content_type):
             self._meter = StreamMeter(
                 self._dialect,
                 self._counter(),
@@ -385,6 +385,8 @@ class Exchange:
             )
             self._state = State.STREAMING
             removed += ("content-length",)
+        elif plan.cuttable:  # held for by the lease: what cannot be cut must not pass
+            return self._replace_answer(UpstreamFailure("The provider's answer is not the stream that was asked for."))
         else:
             self._state = State.ANSWERING
         # A budget's name may hold a caller's or a policy's text, which is no header's.
@@ -396,7 +398,9 @@ class Exchange:
         self._mark_first()
         self._keep(event.body, limits.MAX_ANSWER_BYTES)
         if self._holds_secret(event.body):  # its length was announced, so that nothing can be taken out
-            return [Reply(UpstreamFailure.status, details="secret"), *self._finish_unread(Outcome.UPSTREAM_ERROR)]
+            error = UpstreamFailure("The provider's answer holds a secret of the gateway.")
+            self._status = error.status
+            return [self._reply(error), *self._finish_unread(Outcome.UPSTREAM_ERROR)]
         return [ForwardChunk(), *self._finish_answer()] if event.end else [ForwardChunk()]
 
     def _keep(self, body: bytes, bound: int) -> None:
@@ -454,8 +458,7 @@ class Exchange:
         failed = not 200 <= self._status < 300
         usage = Usage(0, 0) if failed else self._counted_usage(self._unseen_tokens())
         self._status = error.status
-        reply = Reply(error.status, self._error_headers(error), self._dialect.render_error(error), error.code)
-        return [reply, *self._finish(Outcome.UPSTREAM_ERROR, usage, UsageSource.COUNTED)]
+        return [self._reply(error), *self._finish(Outcome.UPSTREAM_ERROR, usage, UsageSource.COUNTED)]
 
     # --- The stream ---------------------------------------------------------------------------------------------------
 
@@ -666,8 +669,10 @@ class Exchange:
     def _refuse(self, error: TollgateError) -> list[Command]:
         if isinstance(error, BudgetExhausted):
             self._blame = error
-        reply = Reply(error.status, self._error_headers(error), self._dialect.render_error(error), error.code)
-        return [reply, *self._write(Outcome.REFUSED, error.status)]
+        return [self._reply(error), *self._write(Outcome.REFUSED, error.status)]
+
+    def _reply(self, error: TollgateError) -> Reply:
+        return Reply(error.status, self._error_headers(error), self._dialect.render_error(error), error.code)
 
     def _release(self) -> list[Command]:
         """Give a hold back whole: nothing of the request was sent."""

@@ -1117,11 +1117,26 @@ def test_an_answer_above_its_bound_is_passed_on_and_billed_by_its_beginning() ->
     assert talk.settlement.actual == cost(1_000)  # the cap
 
 
-def test_a_stream_that_is_answered_whole_is_metered_whole() -> None:
+def test_a_stream_that_is_answered_whole_is_not_passed_on_since_it_could_not_be_cut() -> None:
     talk = Talk().sent(stream=True)
     talk.answered()
+    assert talk.one(Reply).status == talk.record.status == 502
+    assert (talk.record.outcome, talk.settlement.actual) == (Outcome.UPSTREAM_ERROR, cost(0))
+
+
+def test_a_reasoning_stream_that_is_answered_whole_is_metered_whole() -> None:
+    talk = Talk().sent(stream=True, model="o3")
+    talk.answered()
     talk.chunk(answer(usage=figures(9, 4)), end=True)
-    assert (talk.record.outcome, talk.settlement.actual) == (Outcome.OK, cost(4))
+    assert talk.record.outcome is Outcome.OK
+    assert talk.settlement.actual.tokens == 13
+
+
+def test_a_stream_without_a_content_type_is_metered_as_one() -> None:
+    talk = Talk().sent(1_000, stream=True)
+    talk.answered(headers=())
+    assert complete(talk, [STREAM, USAGE, DONE]) == STREAM + DONE
+    assert talk.settlement.actual.tokens == 46
 
 
 def test_a_stream_that_nobody_asked_for_is_metered_as_one() -> None:

@@ -58,9 +58,13 @@ class Replay:
 
     @cached_property
     def request(self) -> dict[str, Any]:
-        """The recorded request, made whole where the source lacks it or Azure has its model in the path."""
+        """The recorded request, made whole where the source lacks it or Azure has its model in the path.
+
+        Without OpenRouter's `provider` and `plugins`, which the gateway refuses: its policy says where a call goes.
+        """
         minimal = {"model": self.case.model, "messages": [{"role": "user", "content": "Say something."}]}
         request = {**minimal, "stream": self.case.stream, **(self.case.request or {})}
+        request = {name: value for name, value in request.items() if name not in ("provider", "plugins")}
         request["messages"] = request["messages"] or minimal["messages"]
         if request["stream"]:
             request["stream_options"] = {**request.get("stream_options", {}), "include_usage": self.wants_usage}

@@ -15,13 +15,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from extproc.journal import decode
+from extproc import journal
 from extproc.ledger import Ledger
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.http import Server
@@ -49,6 +50,9 @@ budgets:
 """
 
 _START_TIMEOUT_S = 20.0
+
+decode = cache(journal.decode)  # tests that poll for a row read the same lines many times
+
 
 _PLAINTEXT = ssl.create_default_context()  # made once: every httpx client would make its own, which is slow
 
@@ -332,7 +336,11 @@ async def running(
                     "TOLLGATE_STATE_DIR": str(state_dir),
                     "TOLLGATE_SOCKET": str(state_dir / "s"),
                     "TOLLGATE_HEALTH_PORT": "0",
-                    "TOLLGATE_ISSUER_KEYS": f"{issuer.issuer}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}",
+                    # Google's issuer too, so that nothing is fetched from beyond this machine.
+                    "TOLLGATE_ISSUER_KEYS": " ".join(
+                        f"{name}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}"
+                        for name in (issuer.issuer, "https://accounts.google.com")
+                    ),
                     "REDIS_URL": valkey.url,
                     "OPENAI_API_KEY": PROVIDER_KEY,
                     "OPENAI_BASE_URL": provider_url,

@@ -53,7 +53,9 @@ async def proxy(short_directory: Path) -> AsyncIterator[FaultProxy]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def rig(short_directory: Path, proxy: FaultProxy) -> AsyncIterator[Rig]:
-    async with running(short_directory, policy=RACES, processors=2, environment={"REDIS_URL": proxy.url}) as rig:
+    # Longer than the default second: 200 callers on a busy machine must not be told that the ledger is away.
+    environment = {"REDIS_URL": proxy.url, "TOLLGATE_LEDGER_TIMEOUT_MS": "2500"}
+    async with running(short_directory, policy=RACES, processors=2, environment=environment) as rig:
         yield rig
 
 

@@ -73,7 +73,7 @@ MAX_CACHED_PRICES = 4_096  # resolved prices: model names come from callers
 MAX_CACHED_TRAITS = 4_096  # models looked up in the catalogue, likewise
 MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + MIB  # one ext_proc message: a whole request body and its frame
 
-# The wire transport (HTTP/2; sections are RFC 9113's) -------------------------------------------------------------------
+# The wire transport (HTTP/2, RFC 9113) --------------------------------------------------------------------------------
 MAX_CONCURRENT_STREAMS = 2_048  # of one connection; what envoy.yaml asks for
 MAX_CONNECTIONS = 1_024  # of one server; envoy.yaml's circuit breaker
 STREAM_WINDOW_BYTES = 1 * MIB  # a large prompt takes 33 round trips, on a socket that takes 50 µs for one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import hpack
 from hpack.struct import NeverIndexedHeaderTuple
@@ -77,6 +78,7 @@ def size_bytes(fields: Fields) -> int:
     return sum(len(name) + len(value) + _FIELD_OVERHEAD_BYTES for name, value in fields)
 
 
+@lru_cache(maxsize=MAX_CACHED_BLOCKS)
 def check_request(fields: Fields) -> int:
     """Check a request's fields (8.2, 8.3). Returns its content-length, -1 without one. Raises Malformed."""
     pseudo: dict[bytes, bytes] = {}

@@ -9,7 +9,7 @@ from enum import Enum, IntEnum
 from functools import lru_cache
 from struct import Struct
 
-from extproc.limits import MAX_FIELDS_BYTES, MAX_MESSAGE_BYTES, MAX_STATUS_MESSAGE_BYTES
+from extproc.limits import MAX_CACHED_BLOCKS, MAX_FIELDS_BYTES, MAX_MESSAGE_BYTES, MAX_STATUS_MESSAGE_BYTES
 from extproc.transports import ROLE, SERVICE, probe
 from extproc.transports.wire.fields import Fields, encode, size_bytes
 
@@ -74,7 +74,7 @@ class Refusal:
     block: bytes
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=MAX_CACHED_BLOCKS)
 def call(fields: Fields) -> Call | Refusal:
     """What a request's fields ask for."""
     values = dict(fields)
@@ -113,7 +113,7 @@ def _timeout_s(text: bytes | None) -> float | None:
     return int(match[1]) * _UNIT_S[match[2]]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MAX_CACHED_BLOCKS)
 def trailers(status: Status, message: str = "", *, alone: bool = False) -> bytes:
     """The block that ends a call; `alone`, it also begins it ("Trailers-Only")."""
     fields = _RESPONSE if alone else ()

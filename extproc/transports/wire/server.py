@@ -23,7 +23,7 @@ from extproc.transports.wire.frames import Code
 from extproc.transports.wire.grpc import PREFIX, RESPONSE_BLOCK, Call, Failed, Messages, Method, Refusal, Status
 from extproc.transports.wire.grpc import call as call_of
 from extproc.transports.wire.grpc import trailers as trailers_of
-from extproc.transports.wire.streams import Data, Ended, Opened, Reset, Stream, StreamEvent
+from extproc.transports.wire.streams import Data, Ended, Opened, Stream, StreamEvent
 
 _log = logging.getLogger(__name__)
 
@@ -171,18 +171,16 @@ class _Link(asyncio.Protocol):
             self.loop.call_later(LINGER_S, self._transport.abort)
 
     def _handle(self, event: StreamEvent) -> None:
-        kind = type(event)
-        stream = event.stream
-        owner: _Owner | None = stream.owner
-        if kind is Opened:
-            self._open(stream, cast(Opened, event))
+        owner: _Owner | None = event.stream.owner
+        if isinstance(event, Opened):
+            self._open(event.stream, event)
         elif owner is None:
             return  # refused
-        elif kind is Data:
-            owner.data(cast(Data, event).data)
-        elif kind is Ended:
+        elif isinstance(event, Data):
+            owner.data(event.data)
+        elif isinstance(event, Ended):
             owner.ended()
-        elif kind is Reset:
+        else:
             owner.gone()
 
     def _open(self, stream: Stream, event: Opened) -> None:

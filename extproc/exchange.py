@@ -528,7 +528,7 @@ class Exchange:
     def _on_lease_answered(self, event: LeaseAnswered) -> list[Command]:
         self._extending = False
         if event.lease is not None:
-            self._allowance.grant(NOTHING if event.lease.gone else event.lease.held)
+            self._allowance.grant(event.lease.held)
         return []
 
     def _on_awaited_lease(self, event: LeaseAnswered) -> list[Command]:
@@ -553,7 +553,7 @@ class Exchange:
     def _end_stream(self) -> list[Command]:
         if not self._meter_ended():
             self._out.append(self._dialect.render_error_event(UpstreamFailure("The provider's stream ended early.")))
-        outcome = Outcome.OK if self._meter.complete and not self._meter.errored else Outcome.UPSTREAM_ERROR
+        outcome = Outcome.OK if self._meter.complete else Outcome.UPSTREAM_ERROR
         return [self._chunk(None), *self._finish_stream(outcome)]
 
     def _on_trailers(self, event: ResponseTrailers) -> list[Command]:
@@ -561,7 +561,7 @@ class Exchange:
         self._end = True
         if self._state is State.ANSWERING:
             return [DropTrailers(event.names), *self._finish_answer()]
-        if self._state is State.STREAMING and self._meter.complete and not self._meter.finish():
+        if self._state is State.STREAMING and self._meter_ended() and not self._meter.finish():
             return [DropTrailers(event.names), *self._finish_stream(Outcome.OK)]
         if self._state is State.FAILING:
             return [
@@ -632,6 +632,8 @@ class Exchange:
         with suppress(StreamTooLarge):
             meter.feed(b"".join(event.body for event in self._queue if isinstance(event, ResponseBody)))
         meter.finish()
+        if meter.errored and outcome is not Outcome.CUT:
+            outcome = Outcome.UPSTREAM_ERROR  # whatever came after it
         usage, source = final_usage(
             meter.usage,
             complete=meter.complete,

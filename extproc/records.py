@@ -257,7 +257,7 @@ class HoldRefusal:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The answer to an extension. `held` is the hold's new total; `gone` says that the hold no longer exists.
+    """The answer to an extension. `held` is the hold's new total: nothing where it is `gone`, and no longer exists.
 
     `limited_by` is the budget that gave less than was asked, if one did.
     """

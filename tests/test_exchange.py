@@ -1017,6 +1017,21 @@ def test_a_waiting_stream_whose_next_chunk_is_too_long_is_cut_for_that() -> None
     assert (talk.settlement.actual, talk.record.outcome) == (cost(2), Outcome.UPSTREAM_ERROR)
 
 
+@pytest.mark.parametrize("leaves", [True, False], ids=["the caller leaves", "trailers"])
+def test_an_error_event_is_how_a_stream_ended_whatever_comes_after(leaves: bool) -> None:
+    talk = Talk().streaming(1_000)
+    talk.chunk(delta(" one") + event(error={"message": "overloaded"}) + (DONE if leaves else b""))
+    talk.close() if leaves else talk.feed(ResponseTrailers(()))
+    assert (talk.record.outcome, talk.settlement.actual) == (Outcome.UPSTREAM_ERROR, cost(1))
+    assert talk.all(Reply) == []
+
+
+def test_every_choice_must_finish() -> None:
+    talk = Talk().streaming(1_000, n=2)
+    received = complete(talk, [delta(" one", finish="stop") + delta(" two", index=1)])
+    assert ENDED_EARLY in received
+
+
 # Trailers -------------------------------------------------------------------------------------------------------------
 
 
@@ -1252,6 +1267,13 @@ def test_after_the_first_token_only_what_is_seen_is_added() -> None:
     talk.chunk(delta(" two"))
     talk.close()
     assert talk.settlement.actual == cost(UNSEEN + 2)
+
+
+def test_every_choice_has_its_thoughts() -> None:
+    talk = thinking(n=2)
+    talk.tick(1_000)
+    talk.close()
+    assert talk.settlement.actual == cost(2 * UNSEEN)
 
 
 def test_thoughts_never_go_beyond_the_cap() -> None:

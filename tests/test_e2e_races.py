@@ -23,6 +23,7 @@ PROMPT = 9
 CALLERS, FIT = 200, 20
 WHOLE = 50  # output tokens of a whole answer, and its cap
 LEAST = PROMPT + 1  # what a stream's hold must have
+PRESSED = FIT * (PROMPT + 60) + PROMPT + 20  # the last answer does not fit whole
 
 # Every caller of a race is a service of its own; what they share is their team's budget.
 RACES = (
@@ -38,7 +39,7 @@ RACES = (
   - {{scope: team, id: full, window: total, limit_tokens: {FIT * (PROMPT + WHOLE)}}}
   - {{scope: team, id: light, window: total, limit_tokens: {FIT * (PROMPT + WHOLE)}}}
   - {{scope: team, id: streams, window: total, limit_tokens: {FIT * (PROMPT + 60)}}}
-  - {{scope: team, id: pressed, window: total, limit_tokens: {FIT * (PROMPT + 60)}}}
+  - {{scope: team, id: pressed, window: total, limit_tokens: {PRESSED}}}
   - {{scope: service, id: "lone-*@{DOMAIN}", window: total, limit_tokens: 1000}}
 """
 )
@@ -130,7 +131,7 @@ async def test_streams_do_not_exceed_the_limit_by_more_than_a_lease_each(rig: Ri
 
 async def test_streams_under_pressure_use_the_budget_up(rig: Rig) -> None:
     """Whoever is refused comes again, until nothing is left: refusals end when what was held is free again."""
-    name, limit = "team/pressed/total/tokens", FIT * (PROMPT + 60)
+    name, limit = "team/pressed/total/tokens", PRESSED
     rig.answer(streamed(60, prompt=PROMPT, pause_s=0.005))
     spent = asyncio.Event()
 

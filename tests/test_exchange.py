@@ -780,6 +780,13 @@ def test_usage_that_comes_during_the_cut_is_what_is_posted() -> None:
     assert talk.record.usage_source is UsageSource.PROVIDER
 
 
+def test_an_error_that_comes_during_the_cut_does_not_make_it_another_end() -> None:
+    talk = cut_talk(1, delta(" one two"))
+    talk.chunk(event(error={"message": "overloaded"}), end=True)
+    talk.feed(TimerFired())
+    assert talk.record.outcome is Outcome.CUT
+
+
 def test_trailers_and_late_leases_change_nothing_about_a_cut() -> None:
     talk = cut_talk(1, delta(" one two"))
     assert talk.feed(ResponseTrailers(("x",))) == talk.feed(LeaseAnswered(Lease(cost(500)))) == []
@@ -1028,7 +1035,7 @@ def test_an_error_event_is_how_a_stream_ended_whatever_comes_after(leaves: bool)
 
 def test_every_choice_must_finish() -> None:
     talk = Talk().streaming(1_000, n=2)
-    received = complete(talk, [delta(" one", finish="stop") + delta(" two", index=1)])
+    received = complete(talk, [delta(" one", finish="stop")])
     assert ENDED_EARLY in received
 
 
@@ -1226,10 +1233,32 @@ def test_an_error_that_is_too_long_is_replaced(excess: int) -> None:
     assert orjson.loads(received)["error"]["code"] == "upstream_error"
 
 
-def test_an_error_in_a_stream_is_redacted() -> None:
+@pytest.mark.parametrize(
+    "reflected",
+    [event(error={"message": f"wrong key {SECRET}!"}), delta(f" {SECRET}"), f": {SECRET}\n\n".encode()],
+    ids=["error", "text", "comment"],
+)
+def test_no_secret_passes_in_a_stream(reflected: bytes) -> None:
     talk = Talk().streaming(1_000)
-    talk.chunk(event(error={"message": f"wrong key {SECRET}!"}))
-    assert SECRET.encode() not in (talk.one(ForwardChunk).body or b"")
+    chunks = [reflected[:20], reflected[20:]]
+    commands = [*talk.chunk(chunks[0]), *talk.chunk(chunks[1])]
+    assert forwarded(commands, chunks) == reflected.replace(SECRET.encode(), b"[redacted]")
+
+
+def test_no_secret_passes_in_a_whole_answer() -> None:
+    talk = Talk().sent()
+    talk.answered()
+    assert kinds(talk.chunk(answer(SECRET))) == [Reply, Settle, WriteRecord]
+    assert talk.one(Reply).status == talk.record.status == 502
+    assert SECRET.encode() not in talk.one(Reply).body
+
+
+def test_no_secret_passes_in_a_header() -> None:
+    talk = Talk().sent()
+    talk.answered(headers=(*JSON, ("openai-processing-ms", SECRET), ("date", "today")))
+    removed = talk.one(ContinueResponse).remove_headers
+    assert "openai-processing-ms" in removed
+    assert "date" not in removed
 
 
 # Reasoning models -----------------------------------------------------------------------------------------------------
@@ -1311,6 +1340,7 @@ LEAVING: dict[str, tuple[bool, list[bytes], int, Outcome]] = {
     "before the first event": (True, [], 0, Outcome.CLIENT_GONE),
     "after one event": (True, words(1), 1, Outcome.CLIENT_GONE),
     "in the middle of an event": (True, [delta(" one") + b'data: {"cho'], 1, Outcome.CLIENT_GONE),
+    "before an event's line ends": (True, [delta(" one").strip()], 1, Outcome.CLIENT_GONE),
     "after the last token": (True, [*words(2), delta(finish="stop")], 2, Outcome.CLIENT_GONE),
     "after the usage": (True, [*words(2), delta(finish="stop"), usage(9, 3)], 3, Outcome.OK),
     "after everything": (True, [*words(2), delta(finish="stop"), usage(9, 3), DONE], 3, Outcome.OK),

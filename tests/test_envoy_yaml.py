@@ -23,7 +23,7 @@ HCM = LISTENER["filter_chains"][0]["filters"][0]["typed_config"]
 CLUSTERS = {cluster["name"]: cluster for cluster in CONFIG["static_resources"]["clusters"]}
 PROVIDERS = {name: cluster for name, cluster in CLUSTERS.items() if name != "extproc"}
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-GATE = HCM["http_filters"][0]["typed_config"]
+GATE = HCM["http_filters"][1]["typed_config"]
 SETTINGS = Settings.from_environment({})
 
 
@@ -159,7 +159,7 @@ def test_the_gate_sees_what_the_exchange_expects() -> None:
         "response_trailer_mode": "SEND",
     }
     assert GATE["grpc_service"]["initial_metadata"] == [{"key": "x-tollgate-role", "value": "gate"}]
-    assert [http_filter["name"] for http_filter in HCM["http_filters"]] == ["gate", "router"]
+    assert [http_filter["name"] for http_filter in HCM["http_filters"]] == ["request_id", "gate", "router"]
 
 
 def test_the_processors_deadlines_come_before_envoys() -> None:

@@ -30,6 +30,7 @@ class Script:
     first_pause_s: float = 0.0
     fault: str | None = None
     whole: bool = False  # with content-length instead of chunks
+    trailers: tuple[tuple[str, str], ...] = ()  # after the closing chunk
 
 
 @dataclass(slots=True)
@@ -148,5 +149,6 @@ async def _end(script: Script, request: Received, writer: asyncio.StreamWriter, 
         case "hang":
             await gone
         case None if not script.whole:
-            writer.write(b"0\r\n\r\n")
+            lines = ("0", *(f"{name}: {value}" for name, value in script.trailers), "", "")
+            writer.write("\r\n".join(lines).encode("latin-1"))
             await writer.drain()

@@ -80,7 +80,7 @@ def test_the_server_greets_first() -> None:
 
 def conversation() -> bytes:
     encoder = hpack.Encoder()  # with a table, and so with state between blocks
-    first, second = (encoder.encode(REQUEST) for _ in range(2))
+    first, second = (encoder.encode(list(REQUEST.items())) for _ in range(2))
     return b"".join(
         (
             GREETING,

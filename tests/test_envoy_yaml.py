@@ -23,7 +23,8 @@ HCM = LISTENER["filter_chains"][0]["filters"][0]["typed_config"]
 CLUSTERS = {cluster["name"]: cluster for cluster in CONFIG["static_resources"]["clusters"]}
 PROVIDERS = {name: cluster for name, cluster in CLUSTERS.items() if name != "extproc"}
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-GATE = HCM["http_filters"][1]["typed_config"]
+FILTERS = {one["name"]: one["typed_config"] for one in HCM["http_filters"]}
+GATE = FILTERS["gate"]
 SETTINGS = Settings.from_environment({})
 
 
@@ -112,6 +113,11 @@ def test_headers_that_are_trusted_are_stripped_on_the_way_in() -> None:
     assert HCM["common_http_protocol_options"]["headers_with_underscores_action"] == "DROP_HEADER"
 
 
+def test_no_trailer_of_a_caller_passes() -> None:
+    (mutation,) = FILTERS["no_trailers"]["mutations"]["request_trailers_mutations"]
+    assert mutation == {"remove_on_match": {"key_matcher": {"safe_regex": {"regex": ".*"}}}}
+
+
 def test_a_stream_has_no_total_time_but_silence_is_bounded() -> None:
     routes = {route["name"]: route for route in HCM["route_config"]["virtual_hosts"][0]["routes"]}
     assert set(routes) == {*PROVIDERS, "undecided"}
@@ -159,7 +165,7 @@ def test_the_gate_sees_what_the_exchange_expects() -> None:
         "response_trailer_mode": "SEND",
     }
     assert GATE["grpc_service"]["initial_metadata"] == [{"key": "x-tollgate-role", "value": "gate"}]
-    assert [http_filter["name"] for http_filter in HCM["http_filters"]] == ["request_id", "gate", "router"]
+    assert list(FILTERS) == ["request_id", "no_trailers", "gate", "router"]
 
 
 def test_the_processors_deadlines_come_before_envoys() -> None:

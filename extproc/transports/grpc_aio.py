@@ -91,6 +91,8 @@ class _Stream:
         self._ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
     def send(self, message: bytes) -> None:
+        if self._ended.done():
+            return
         self._outbox.append(message)
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.ensure_future(self._flush())

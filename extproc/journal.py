@@ -28,6 +28,7 @@ from extproc.sinks import UsageRow
 SEGMENTS = "usage-*.jsonl"
 
 _SYNC_INTERVAL_S = 0.1
+_GATHER_S = 0.01  # between two writes: under load one write, and one turn of the writer's thread, serves many records
 _RETRY_S = 0.5  # how long a disk that refused a write is left alone
 _SEGMENTS_PER_JOURNAL = 16  # a shipped segment is deleted whole: small parts keep the measured size near the unshipped
 
@@ -84,7 +85,7 @@ class Journal:
         self._fd = self._open_segment()
         self._written = 0  # bytes in the current segment
         self._dirty = False
-        self._synced_at = time.monotonic()
+        self._synced_at = self._wrote_at = time.monotonic()
         self._stored = _stored_bytes(directory)
         self._refused = False  # the disk took neither a write nor a sync
         self._said_full = False
@@ -135,6 +136,7 @@ class Journal:
         lines = []
         try:
             lines.append(self._queue.get(timeout=0 if self._closing.is_set() else _SYNC_INTERVAL_S))
+            self._closing.wait(max(0.0, self._wrote_at + _GATHER_S - time.monotonic()))
             while len(lines) < MAX_JOURNAL_BATCH:
                 lines.append(self._queue.get_nowait())
         except queue.Empty:
@@ -157,6 +159,7 @@ class Journal:
             left = left[count:]
             self._written += count
             self._dirty = True
+            self._wrote_at = time.monotonic()
 
     def _sync(self) -> None:
         """Make what was written durable, start another segment where it is time, and measure the directory."""

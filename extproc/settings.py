@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +49,14 @@ class Settings:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Settings:
-        """Read `env`. Raises SettingsInvalid, naming the variable."""
-        state_dir = Path(env.get("TOLLGATE_STATE_DIR", ".tollgate"))
+        """Read `env`; an empty variable counts as not set. Raises SettingsInvalid, naming the variable."""
+        state_dir = Path(env.get("TOLLGATE_STATE_DIR") or ".tollgate")
         return cls(
-            policy_path=Path(env.get("TOLLGATE_POLICY", "policy.yaml")),
-            redis_url=_redis_url(env.get("REDIS_URL", "redis://127.0.0.1:6379/0")),
-            socket_path=Path(env.get("TOLLGATE_SOCKET", str(state_dir / "extproc.sock"))),
+            policy_path=Path(env.get("TOLLGATE_POLICY") or "policy.yaml"),
+            redis_url=_redis_url(env.get("REDIS_URL") or "redis://127.0.0.1:6379/0"),
+            socket_path=Path(env.get("TOLLGATE_SOCKET") or state_dir / "extproc.sock"),
             state_dir=state_dir,
-            usage_db_path=Path(env.get("TOLLGATE_USAGE_DB", str(state_dir / "usage.duckdb"))),
+            usage_db_path=Path(env.get("TOLLGATE_USAGE_DB") or state_dir / "usage.duckdb"),
             health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
             transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
             secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
@@ -65,7 +66,7 @@ class Settings:
             },
             issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
             added_issuers=tuple(_issuer_keys(env)),
-            namespace=env.get("TOLLGATE_NAMESPACE", "tollgate"),
+            namespace=env.get("TOLLGATE_NAMESPACE") or "tollgate",
             lease_tokens=_integer(env, "TOLLGATE_LEASE_TOKENS", 100, 1, 100_000),
             hold_ttl_ms=_integer(env, "TOLLGATE_HOLD_TTL_MS", 60_000, 500, 3_600_000),
             ledger_timeout_ms=_integer(env, "TOLLGATE_LEDGER_TIMEOUT_MS", 1_000, 50, 60_000),
@@ -80,7 +81,7 @@ def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: in
     text = env.get(name, "")
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise SettingsInvalid(f"{name} must be a whole number from {low} to {high}")
     return int(text)
 
@@ -93,14 +94,18 @@ def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
 
 
 def _base_url(name: str, url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+    try:
+        parts = urlsplit(url)
+        plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        plain = False
+    if not plain or parts.query or parts.fragment or parts.username:
         raise SettingsInvalid(f"{name} must be a plain http:// or https:// URL")
     return url.rstrip("/")
 
 
 def _redis_url(url: str) -> str:
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster"):
+    if url.partition(":")[0] not in ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster"):
         raise SettingsInvalid(
             "REDIS_URL must begin with redis://, rediss://, redis+cluster://, rediss+cluster:// or unix://"
         )
@@ -111,8 +116,8 @@ def _issuer_keys(env: Mapping[str, str]) -> dict[str, str]:
     """`TOLLGATE_ISSUER_KEYS` is `issuer=url` pairs, separated by white space: issuers besides Google's."""
     pairs: dict[str, str] = {}
     for item in env.get("TOLLGATE_ISSUER_KEYS", "").split():
-        issuer, separator, url = item.partition("=")
-        if not separator or urlsplit(url).scheme not in ("http", "https"):
+        issuer, _, url = item.partition("=")
+        if not issuer or not url.startswith(("http://", "https://")):
             raise SettingsInvalid("TOLLGATE_ISSUER_KEYS must be issuer=url pairs with http or https URLs")
         pairs[issuer] = url
     return pairs

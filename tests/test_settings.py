@@ -1,0 +1,207 @@
+"""Every variable: its default, its bounds, and its line in the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extproc.local.stack import DEFAULT_PORT
+from extproc.secrets import variable_of
+from extproc.settings import GOOGLE_ISSUER_KEYS, PROVIDER_BASE_URLS, TRANSPORTS, Settings, SettingsInvalid
+
+DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
+
+GOOGLE = {"https://accounts.google.com": GOOGLE_ISSUER_KEYS}
+
+# Variable to (a value, the field, what becomes of it).
+VALUES: dict[str, tuple[str, str, Any]] = {
+    "TOLLGATE_POLICY": ("/etc/p.yaml", "policy_path", Path("/etc/p.yaml")),
+    "REDIS_URL": ("rediss+cluster://r:1", "redis_url", "rediss+cluster://r:1"),
+    "TOLLGATE_SOCKET": ("/run/s", "socket_path", Path("/run/s")),
+    "TOLLGATE_STATE_DIR": ("/var/t", "state_dir", Path("/var/t")),
+    "TOLLGATE_USAGE_DB": ("/var/u.db", "usage_db_path", Path("/var/u.db")),
+    "TOLLGATE_HEALTH_PORT": ("0", "health_port", 0),
+    "TOLLGATE_TRANSPORT": ("wire", "transport", "wire"),
+    "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
+    "OPENAI_BASE_URL": ("http://o:1/v2/", "base_urls", {**PROVIDER_BASE_URLS, "openai": "http://o:1/v2"}),
+    "ANTHROPIC_BASE_URL": ("http://a", "base_urls", {**PROVIDER_BASE_URLS, "anthropic": "http://a"}),
+    "GEMINI_BASE_URL": ("https://g", "base_urls", {**PROVIDER_BASE_URLS, "gemini": "https://g"}),
+    "TOLLGATE_ISSUER_KEYS": (
+        "https://i=http://k/certs?a=b  j=https://l",
+        "issuer_keys",
+        {**GOOGLE, "https://i": "http://k/certs?a=b", "j": "https://l"},
+    ),
+    "TOLLGATE_NAMESPACE": ("mine", "namespace", "mine"),
+    "TOLLGATE_LEASE_TOKENS": ("7", "lease_tokens", 7),
+    "TOLLGATE_HOLD_TTL_MS": ("900", "hold_ttl_ms", 900),
+    "TOLLGATE_LEDGER_TIMEOUT_MS": ("50", "ledger_timeout_ms", 50),
+    "TOLLGATE_ADMISSION_TIMEOUT_MS": ("100", "admission_timeout_ms", 100),
+    "TOLLGATE_KEYS_MAX_STALE_S": ("0", "keys_max_stale_s", 0),
+    "TOLLGATE_JOURNAL_MAX_MIB": ("1", "journal_max_mib", 1),
+    "TOLLGATE_DRAIN_TIMEOUT_S": ("0", "drain_timeout_s", 0),
+}
+
+DEFAULTS = {
+    "policy_path": Path("policy.yaml"),
+    "redis_url": "redis://127.0.0.1:6379/0",
+    "socket_path": Path(".tollgate/extproc.sock"),
+    "state_dir": Path(".tollgate"),
+    "usage_db_path": Path(".tollgate/usage.duckdb"),
+    "health_port": 9091,
+    "transport": TRANSPORTS[0],
+    "secrets_dir": None,
+    "base_urls": PROVIDER_BASE_URLS,
+    "issuer_keys": GOOGLE,
+    "namespace": "tollgate",
+    "lease_tokens": 100,
+    "hold_ttl_ms": 60_000,
+    "ledger_timeout_ms": 1_000,
+    "admission_timeout_ms": 3_000,
+    "keys_max_stale_s": 86_400,
+    "journal_max_mib": 512,
+    "drain_timeout_s": 8,
+}
+
+
+class Spy(Mapping[str, str]):
+    """An empty environment that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> str:
+        self.asked.add(name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_every_variable_that_is_read_is_tested_here() -> None:
+    spy = Spy()
+    Settings.from_environment(spy)
+    assert spy.asked == set(VALUES)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_variable_sets_its_field(name: str) -> None:
+    value, field, expected = VALUES[name]
+    settings = Settings.from_environment({name: value})
+    assert getattr(settings, field) == expected
+    assert expected != DEFAULTS[field]
+
+
+@pytest.mark.parametrize("field", DEFAULTS)
+def test_without_variables_or_with_empty_ones_there_are_defaults(field: str) -> None:
+    assert getattr(Settings.from_environment({}), field) == DEFAULTS[field]
+    assert getattr(Settings.from_environment(dict.fromkeys(VALUES, "")), field) == DEFAULTS[field]
+
+
+def test_what_is_in_the_state_directory_moves_with_it() -> None:
+    settings = Settings.from_environment({"TOLLGATE_STATE_DIR": "/var/t"})
+    assert settings.socket_path == Path("/var/t/extproc.sock")
+    assert settings.usage_db_path == Path("/var/t/usage.duckdb")
+
+
+def test_added_issuers_are_those_besides_googles() -> None:
+    assert Settings.from_environment({}).added_issuers == ()
+    assert Settings.from_environment({"TOLLGATE_ISSUER_KEYS": "a=http://b"}).added_issuers == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("TOLLGATE_HEALTH_PORT", 0, 65_535),
+        ("TOLLGATE_LEASE_TOKENS", 1, 100_000),
+        ("TOLLGATE_HOLD_TTL_MS", 500, 3_600_000),
+        ("TOLLGATE_LEDGER_TIMEOUT_MS", 50, 60_000),
+        ("TOLLGATE_ADMISSION_TIMEOUT_MS", 100, 60_000),
+        ("TOLLGATE_KEYS_MAX_STALE_S", 0, 2_592_000),
+        ("TOLLGATE_JOURNAL_MAX_MIB", 1, 1_000_000),
+        ("TOLLGATE_DRAIN_TIMEOUT_S", 0, 3_600),
+    ],
+    ids=str,
+)
+def test_numbers_are_bounded(name: str, low: int, high: int) -> None:
+    for value in (low, high):
+        Settings.from_environment({name: str(value)})
+    for text in (str(low - 1), str(high + 1), "1.5", "x", "0x10", "1_000", " 1000 ", "²", "9" * 5_000, "-1"):
+        with pytest.raises(SettingsInvalid, match=f"^{name} must be a whole number from {low} to {high}$"):
+            Settings.from_environment({name: text})
+    row = rows()[name]
+    assert f"{low} to {high}" in row.meaning
+
+
+UNUSABLE = {
+    "REDIS_URL": ["http://r", "r:6379", "/run/redis.sock"],
+    "TOLLGATE_TRANSPORT": ["GRPC", "http"],
+    "OPENAI_BASE_URL": [
+        "api.openai.com",
+        "ftp://o",
+        "https:///v1",
+        "https://o/v1?a=b",
+        "https://[o",
+        "http://o:0",
+        "http://o:99999",
+        "https://o#f",
+        "https://u:p@o",
+    ],
+    "TOLLGATE_ISSUER_KEYS": ["https://i", "i=", "=https://k", "i=file:///etc/passwd"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in UNUSABLE.items() for text in texts])
+def test_what_cannot_be_used_is_refused_by_name(name: str, text: str) -> None:
+    with pytest.raises(SettingsInvalid, match=name) as raised:
+        Settings.from_environment({name: text})
+    assert text not in str(raised.value)
+
+
+# The documentation ----------------------------------------------------------------------------------------------------
+
+
+class Row:
+    def __init__(self, line: str) -> None:
+        self.variable, self.default, self.meaning = (cell.strip() for cell in line.strip().strip("|").split("|"))
+
+
+def rows() -> dict[str, Row]:
+    found = [Row(line) for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    names = [row.variable.strip("`") for row in found]
+    assert len(names) == len(set(names))
+    return dict(zip(names, found, strict=True))
+
+
+def test_every_variable_has_one_row_in_the_documentation() -> None:
+    keys = {variable_of(provider) for provider in PROVIDER_BASE_URLS}
+    assert set(rows()) == set(VALUES) | keys | {"PORT"}
+
+
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"TOLLGATE_SOCKET", "TOLLGATE_USAGE_DB"}))
+def test_the_documented_default_is_the_default(name: str) -> None:
+    _, field, _ = VALUES[name]
+    default = DEFAULTS[field]
+    if field == "base_urls":
+        default = PROVIDER_BASE_URLS[name.removesuffix("_BASE_URL").lower()]
+    if default in (None, GOOGLE):
+        assert rows()[name].default == "none"
+    else:
+        assert rows()[name].default == f"`{default}`"
+
+
+def test_the_documented_port_is_the_local_stacks() -> None:
+    assert rows()["PORT"].default == f"`{DEFAULT_PORT}`"
+
+
+def test_every_variable_of_ours_that_the_other_documents_name_exists() -> None:
+    root = DOCS.parents[1]
+    for path in (root / "README.md", *(root / "docs").glob("**/*.md")):
+        for name in re.findall(r"\bTOLLGATE_[A-Z_]+\b", path.read_text()):
+            assert name in rows(), f"{path.name}: {name}"

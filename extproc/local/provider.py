@@ -122,10 +122,13 @@ async def _play(script: Script, request: Received, reader: asyncio.StreamReader,
     length = sum(map(len, script.chunks)) if script.whole else None
     framing = ("transfer-encoding", "chunked") if length is None else ("content-length", str(length))
     lines = [f"HTTP/1.1 {script.status} Scripted", *(f"{name}: {value}" for name, value in (*script.headers, framing))]
-    await asyncio.sleep(script.first_pause_s)
-    writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n")
     gone = asyncio.ensure_future(reader.read(1))  # a client that waits for its answer sends nothing but its end
     try:
+        if script.first_pause_s:
+            await asyncio.wait((gone,), timeout=script.first_pause_s)
+        if gone.done():
+            return
+        writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n")
         for chunk in script.chunks:
             if gone.done():
                 return

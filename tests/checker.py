@@ -218,13 +218,12 @@ def _applies(budget_id: str, row: UsageRecord) -> bool:
 
 def _leaks(rig: Rig, ledger: _LedgerDump) -> list[str]:
     """The provider's key is for the provider only, and a caller's token for the gateway only."""
-    # The signature is what makes a token worth stealing, and is in no other.
-    tokens = {token.rpartition(".")[2] for token in rig.minted}
+    tokens = {token.partition(".")[0] for token in rig.minted}  # how each begins, which nothing else does
     written = rig.everything_written()
-    told = "\n".join(f"{told.headers!r} {told.body!r}" for told in rig.told)
+    told = "\n".join(f"{told.headers.raw!r} {told.body.decode('latin-1')}" for told in rig.told)
     asked = "\n".join(
         f"{request.target} {[pair for pair in request.headers if pair != ('authorization', f'Bearer {PROVIDER_KEY}')]}"
-        f" {request.body!r}"
+        f" {request.body.decode('latin-1')}"
         for request in rig.provider.received
     )
     places = {"logs and journals": written, "Redis": ledger.text, "callers' answers": told, "the provider": asked}

@@ -344,6 +344,7 @@ async def running(
                     "REDIS_URL": valkey.url,
                     "OPENAI_API_KEY": PROVIDER_KEY,
                     "OPENAI_BASE_URL": provider_url,
+                    "TOLLGATE_TRANSPORT": os.environ.get("TOLLGATE_TRANSPORT", ""),  # every rig, over either
                     **(environment or {}),
                 },
             )

@@ -127,3 +127,9 @@ def goaway(answer: list[Frame]) -> Code | None:
 def resets(answer: list[Frame]) -> dict[int, Code]:
     """The RST_STREAMs in an answer."""
     return {f.stream_id: Code(int.from_bytes(f.payload, "big")) for f in answer if f.kind == frames.RST_STREAM}
+
+
+def status(frame: Frame) -> str | None:
+    """The grpc-status in a block of ours, which needs no table."""
+    fields = {str(name): str(value) for name, value in hpack.Decoder().decode(frame.payload)}
+    return fields.get("grpc-status")

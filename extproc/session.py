@@ -156,19 +156,21 @@ class Session:
                 self._end(None)
 
     def _place_hold(self, command: PlaceHold) -> None:
-        self._await(self._services.ledger.hold(command.ask), HoldAnswered, None)
+        self._await(self._services.ledger.hold(command.ask), HoldAnswered)
 
     def _extend_lease(self, command: ExtendLease) -> None:
         lease = self._services.ledger.extend(command.request_id, command.windows, command.used, command.target)
-        self._await(lease, LeaseAnswered, None)
+        self._await(lease, LeaseAnswered)
 
     def _refresh_keys(self, command: RefreshKeys) -> None:
-        self._await(self._services.refresh_keys(command.issuer), lambda _: KeysRefreshed(), None)
+        self._await(self._services.refresh_keys(command.issuer), lambda _: KeysRefreshed())
 
     def _count_prompt(self, command: CountPrompt) -> None:
-        self._await(self._services.count(command.texts, command.encoding), PromptCounted, None)
+        self._await(self._services.count(command.texts, command.encoding), PromptCounted)
 
-    def _await(self, future: asyncio.Future[Any], event: Callable[[Any], Event], failed: Any) -> None:
+    def _await(self, future: asyncio.Future[Any], event: Callable[[Any], Event]) -> None:
+        """Feed the answer, or None where the ledger gives none."""
+
         def answered(done: asyncio.Future[Any]) -> None:
             if done.cancelled():
                 return
@@ -176,7 +178,7 @@ class Session:
             if error is None:
                 self._handle(event(done.result()))
             elif isinstance(error, LedgerUnavailable):
-                self._handle(event(failed))
+                self._handle(event(None))
             else:
                 _log.error("a dependency failed", exc_info=error)
                 self._fail("a dependency failed")

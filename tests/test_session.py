@@ -184,9 +184,7 @@ async def test_a_close_is_an_event_once_and_nothing_is_sent_any_more(shell: Shel
     assert shell.kinds == ["settle", "write"]
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff", b"", pb.ProcessingRequest(request_trailers=pb.HttpTrailers()).SerializeToString()]
-)
+@pytest.mark.parametrize("data", [b"\xff", b"", b"\x32\x00"], ids=["garbage", "nothing", "request trailers"])
 async def test_a_message_that_was_not_asked_for_ends_the_stream_with_an_error(shell: Shell, data: bytes) -> None:
     shell.machine.answers[Closed] = [SETTLE]
     shell.session.feed(data)
@@ -251,7 +249,8 @@ async def test_an_answer_is_an_event_also_after_the_close(
     shell.ledger.future.set_result(result)
     await turns()
     assert shell.machine.events[-1] == answered
-    assert shell.kinds[-2:] == (["send", "settle"] if not closed else [*shell.kinds[:-1][-1:], "settle"])
+    assert ("send" in shell.kinds) == (not closed)
+    assert shell.kinds[-1] == "settle"
 
 
 async def test_what_is_asked_is_what_the_command_says(shell: Shell) -> None:
@@ -282,10 +281,11 @@ async def test_a_dependency_that_breaks_ends_the_stream_with_an_error(shell: She
     assert shell.machine.events[-1] == Closed()
 
 
-async def test_a_cancelled_dependency_says_nothing(shell: Shell) -> None:
+async def test_a_cancelled_dependency_says_nothing(shell: Shell, caplog: pytest.LogCaptureFixture) -> None:
     shell.feed(PlaceHold(ASK))
     shell.ledger.future.cancel()
     await turns()
+    assert caplog.text == ""
     assert shell.machine.events == [ResponseBody(b"x", False)]
 
 
@@ -295,7 +295,8 @@ async def test_a_cancelled_dependency_says_nothing(shell: Shell) -> None:
 async def fired(shell: Shell) -> int:
     """How often the timer fires within a few turns of the loop: those of the tests are due at once."""
     await asyncio.sleep(0.01)
-    return shell.machine.events.count(TimerFired())
+    events: list[Event] = shell.machine.events
+    return events.count(TimerFired())
 
 
 async def test_the_timer_fires_once(shell: Shell) -> None:
@@ -319,7 +320,6 @@ async def test_a_close_stops_the_timer(shell: Shell) -> None:
     shell.feed(SetTimer(0))
     shell.machine.answers[Closed] = [SetTimer(0)]
     shell.session.close()
-    shell.machine.answers[LeaseAnswered] = [SetTimer(0)]
     assert await fired(shell) == 0
 
 

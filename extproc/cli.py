@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from extproc.errors import LedgerUnavailable, PolicyInvalid
+from extproc.limits import MAX_WORKERS
 from extproc.records import Balance, BudgetRule, Policy, Principal, Scope
 from extproc.settings import Settings, SettingsInvalid
 from extproc.sinks import SinkUnavailable
@@ -55,11 +56,24 @@ def up() -> None:
 
 
 @main.command()
-def serve() -> None:
-    """Run the processor that Envoy asks."""
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    envvar="TOLLGATE_WORKERS",
+    help="Processes; by default half of the cores allowed.",
+)
+def serve(workers: int | None) -> None:
+    """Run the processor that Envoy asks, in as many processes as the CPU limit allows beside Envoy."""
     from extproc import serve
+    from extproc import workers as pool
 
-    serve.main(Settings.from_environment(os.environ))
+    settings = Settings.from_environment(os.environ)
+    count = workers or pool.default_workers()
+    if count == 1:
+        serve.main(settings)
+    else:
+        _policy(settings.policy_path)  # a policy that cannot be used is said once, not by every worker
+        pool.run(settings, os.environ, count)
 
 
 @main.command()

@@ -48,7 +48,7 @@ _CALL_FIELDS = frozenset((
     "web_search_options",
 ))
 # fmt: on
-# Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key than `model` says.
+# Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key.
 _ROUTING_FIELDS = frozenset(
     ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
 )

@@ -24,12 +24,13 @@ from extproc.errors import PolicyInvalid
 from extproc.limits import MAX_UNIX_PATH_BYTES
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
-from extproc.local.process import Child
 from extproc.local.provider import ScriptedProvider
 from extproc.local.replay import choose
 from extproc.local.valkey import LocalValkey, ValkeyFailed, free_port
 from extproc.policy import parse_policy
+from extproc.process import Child
 from extproc.settings import Settings, SettingsInvalid
+from extproc.workers import cpus, default_workers, worker_socket
 
 DEFAULT_PORT = 8080
 ENV_FILE = "stack.env"
@@ -91,6 +92,7 @@ class _Stack:
             "TOLLGATE_USAGE_DB": str(self._settings.usage_db_path.resolve()),
             "TOLLGATE_HEALTH_PORT": str(free_port()),
             "TOLLGATE_SOCKET": str(self._socket_path(parts)),
+            "TOLLGATE_WORKERS": self._env.get("TOLLGATE_WORKERS") or str(default_workers()),
         }
         env |= await self._issuer(parts)
         env |= self._redis(parts)
@@ -158,20 +160,21 @@ class _Stack:
 
     async def _run_envoy(self, parts: AsyncExitStack, env: Mapping[str, str]) -> None:
         config = self._state_dir / "envoy.yaml"
+        workers = int(env["TOLLGATE_WORKERS"])
         base_urls = Settings.from_environment(env).base_urls
         config.write_text(
             render(
                 Places(
                     port=self._port,
                     admin_port=free_port(),
-                    sockets=[Path(env["TOLLGATE_SOCKET"])],
+                    sockets=[worker_socket(Path(env["TOLLGATE_SOCKET"]), number) for number in range(workers)],
                     base_urls=base_urls,
                 )
             )
         )
         command = (
             *(envoy_binary(), "--config-path", str(config), "--log-level", "warn"),
-            *("--concurrency", str(max(1, (os.cpu_count() or 2) // 2)), "--use-dynamic-base-id"),
+            *("--concurrency", str(max(1, cpus() - workers)), "--use-dynamic-base-id"),
         )
         await self._run_child(parts, "envoy", command, env, _ENVOY_GRACE_S)
 

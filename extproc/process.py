@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 # Reads until the parent's end of the pipe closes, then kills the child.
@@ -13,7 +13,7 @@ _WATCHDOG = ("/bin/sh", "-c", 'read -r _; kill -KILL "$0" 2>/dev/null')
 
 
 class Child:
-    """One process, its output in a log file. A session of its own: a terminal's Ctrl-C reaches only the parent."""
+    """One process. In a session of its own: a terminal's Ctrl-C reaches only the parent."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, watchdog: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -21,9 +21,9 @@ class Child:
         self._watchdog = watchdog
 
     @classmethod
-    async def start(cls, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Child:
-        """Start `command`. Raises OSError."""
-        with log.open("ab") as output:
+    async def start(cls, name: str, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> Child:
+        """Start `command`, its output in `log` or where the parent's goes. Raises OSError."""
+        with log.open("ab") if log is not None else nullcontext() as output:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 env=dict(env),

@@ -1,0 +1,119 @@
+"""Several processors for one Envoy: one process a core, each on a socket of its own, started again when it dies.
+
+Envoy spreads streams over the sockets and checks their health, so a worker that dies takes only its own streams along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from math import ceil
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from extproc.health import HealthServer
+from extproc.limits import MAX_WORKERS
+from extproc.process import Child
+from extproc.settings import Settings
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "<quota> <period>", or "max <period>"
+_CHECK_TIMEOUT_S = 1.0
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
+_STABLE_S = 10.0  # a worker that has run so long starts again at once
+_KILL_AFTER_S = 2.0  # beyond the drain
+
+_log = logging.getLogger(__name__)
+
+
+def cpus(cpu_max: Path = _CPU_MAX) -> int:
+    """Cores that this container may use: its CPU limit, or what the scheduler allows, whichever is less."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, ceil(int(quota) / int(period))))
+
+
+def default_workers() -> int:
+    """Half of the cores: an event costs Envoy, which has the other half, as much as it costs us."""
+    return max(1, min(cpus() // 2, MAX_WORKERS))
+
+
+def worker_socket(socket_path: Path, number: int) -> Path:
+    """Where a worker listens: the first at the path itself, the others beside it (`extproc-1.sock`)."""
+    return socket_path if number == 0 else socket_path.with_stem(f"{socket_path.stem}-{number}")
+
+
+def run(settings: Settings, env: Mapping[str, str], count: int) -> None:
+    """Run `count` workers until SIGTERM or SIGINT. They drain, and have the time that one processor has."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_run(settings, env, count))
+
+
+async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    sockets = [worker_socket(settings.socket_path, number) for number in range(count)]
+    health = HealthServer(_lacking(sockets), settings.health_port)
+    health.start()
+    workers = [asyncio.create_task(_Worker(settings, env, path).keep(stop)) for path in sockets]
+    _log.info("%d workers, health on port %d", count, health.port)
+    await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+    stop.set()
+    health.close()
+    await asyncio.gather(*workers)
+
+
+class _Worker:
+    """One worker's process, and the next one after it."""
+
+    def __init__(self, settings: Settings, env: Mapping[str, str], path: Path) -> None:
+        self._path = path
+        self._grace_s = settings.drain_timeout_s + _KILL_AFTER_S
+        self._env = {**env, "TOLLGATE_SOCKET": str(path), "TOLLGATE_HEALTH_PORT": "0"}
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Keep a process running until `stop`."""
+        backoff_s = _MIN_BACKOFF_S
+        stopping = asyncio.ensure_future(stop.wait())
+        while not stop.is_set():
+            self._path.unlink(missing_ok=True)
+            started_s = time.monotonic()
+            child = await Child.start(
+                self._path.stem, (sys.executable, "-m", "extproc", "serve", "--workers", "1"), self._env
+            )
+            ended = asyncio.ensure_future(child.wait())
+            await asyncio.wait((stopping, ended), return_when=asyncio.FIRST_COMPLETED)
+            code = await child.stop(self._grace_s)
+            if stop.is_set():
+                return
+            backoff_s = _MIN_BACKOFF_S if time.monotonic() - started_s > _STABLE_S else backoff_s
+            _log.error("worker %s ended with code %d; the next one starts in %.1f s", self._path.stem, code, backoff_s)
+            await asyncio.wait((stopping,), timeout=backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+
+def _lacking(sockets: list[Path]) -> Callable[[], str | None]:
+    """Ready while any worker is: Envoy sends streams to those that are."""
+    stubs = [health_pb2_grpc.HealthStub(grpc.insecure_channel(f"unix:{path}")) for path in sockets]
+
+    def lacking() -> str | None:
+        for stub in stubs:
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_CHECK_TIMEOUT_S)
+            except grpc.RpcError:
+                continue
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return None
+        return "no worker is ready"
+
+    return lacking

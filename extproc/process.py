@@ -32,9 +32,14 @@ class Child:
                 stderr=output,
                 start_new_session=True,
             )
-        watchdog = await asyncio.create_subprocess_exec(
-            *_WATCHDOG, str(process.pid), stdin=asyncio.subprocess.PIPE, start_new_session=True
-        )
+        try:
+            watchdog = await asyncio.create_subprocess_exec(
+                *_WATCHDOG, str(process.pid), stdin=asyncio.subprocess.PIPE, start_new_session=True
+            )
+        except BaseException:  # a cancellation too: nobody else knows of the process yet
+            process.kill()
+            await process.wait()
+            raise
         return cls(name, process, watchdog)
 
     @property

@@ -131,6 +131,7 @@ class _Link(asyncio.Protocol):
         """The transport closes itself."""
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._ending = True  # nothing can be written any more
         if self._timer is not None:
             self._timer.cancel()
         for event in self.connection.give_up(Code.NO_ERROR, "lost"):

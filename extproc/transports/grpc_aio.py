@@ -32,6 +32,7 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every second to see a hang
             ]
         )
         process = grpc.stream_stream_rpc_method_handler(self._process)  # bytes in, bytes out

@@ -26,6 +26,15 @@ def test_a_block_that_refers_to_the_table_follows_its_changes() -> None:
         decoder.decode(same)
 
 
+def test_a_full_table_changes_without_growing() -> None:
+    """A new entry drives the only other one out: as many as before, and other ones."""
+    encoder, decoder = hpack.Encoder(), BlockDecoder()
+    for value in ("1" * 4000, "2" * 4000, "3" * 4000):
+        fields = ((b"a", value.encode()),)
+        assert decoder.decode(encoder.encode([("a", value)])) == fields
+        assert [decoder.decode(b"\xbe") for _ in range(2)] == [fields, fields]
+
+
 @given(
     st.lists(
         st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["1", "2", "x" * 2000])), max_size=3), max_size=30

@@ -108,18 +108,24 @@ class _Stream:
         reading = asyncio.ensure_future(self._read(session))
         try:
             await asyncio.wait((reading, self._ended), return_when=asyncio.FIRST_COMPLETED)
-            if self._ended.done() and (reason := self._ended.result()) is not None:
-                await self._context.abort(grpc.StatusCode.INTERNAL, reason)
-            if reading.done():
-                reading.result()
-                if not session.done and not self._ended.done():
-                    await self._context.abort(grpc.StatusCode.CANCELLED, "closed before the end of the request")
-            if self._flushing is not None:
+            failure = self._failure(reading, session)
+            if failure is None and self._flushing is not None:
                 await self._flushing
         finally:
             reading.cancel()
-            if self._flushing is not None:
-                self._flushing.cancel()
+            self._outbox.clear()
+            if self._flushing is not None:  # gRPC takes no status while a write is under way
+                await asyncio.wait((self._flushing,))
+        if failure is not None:
+            await self._context.abort(*failure)
+
+    def _failure(self, reading: asyncio.Future[None], session: Session) -> tuple[grpc.StatusCode, str] | None:
+        """Why the end is not a good one, or None."""
+        if self._ended.done():
+            reason = self._ended.result()
+            return None if reason is None else (grpc.StatusCode.INTERNAL, reason)
+        reading.result()
+        return None if session.done else (grpc.StatusCode.CANCELLED, "closed before the end of the request")
 
     async def _read(self, session: Session) -> None:
         while (message := await self._context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ do, in order. Header values are text: HTTP's octets, decoded as Latin-1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from extproc.records import Amount, BudgetWindow, Hold, HoldAsk, HoldRefusal, Lease, Settlement, Target, UsageRecord
 
@@ -41,8 +42,7 @@ class ResponseHeaders:
     end: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseBody:
+class ResponseBody(NamedTuple):
     """One chunk, wherever the network happened to cut it."""
 
     body: bytes
@@ -135,8 +135,7 @@ class ContinueResponse:
     remove_headers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardChunk:
+class ForwardChunk(NamedTuple):
     """Send this in place of the chunk; None leaves the chunk as it is."""
 
     body: bytes | None = None

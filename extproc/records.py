@@ -1,11 +1,14 @@
-"""What passes between modules: frozen, slotted dataclasses. Money is integer nano-USD, time integer milliseconds."""
+"""What passes between modules: frozen, slotted dataclasses. Money is integer nano-USD, time integer milliseconds.
+
+What is made for every event of a stream is a named tuple instead, which costs a third to make.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Scope(StrEnum):
@@ -310,8 +313,7 @@ class Usage:
     cache_write_prompt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one event of a stream says. `texts` is everything that is billed as output and can be seen.
 
     `usage_only`: the event holds usage and no choices, and a caller that did not ask for it must not see it.
@@ -339,8 +341,7 @@ class Answer:
     service_tier: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Metered:
+class Metered(NamedTuple):
     """One event of a stream after counting: its exact bytes, whether the caller sees it, and the running estimate.
 
     `tokens` is the estimate of output tokens so far, this event included, after the model's factor.

@@ -6,7 +6,7 @@ Each event keeps its exact bytes, so that what is passed on is what the provider
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from extproc.errors import StreamTooLarge
 from extproc.limits import MAX_EVENT_BYTES
@@ -20,8 +20,7 @@ _BLOCK_END = re.compile(rb"(\r\n|\r(?!\n)|\n)(\r\n|\r|\n)")
 _OVERLAP_BYTES = 2
 
 
-@dataclass(frozen=True, slots=True)
-class SseEvent:
+class SseEvent(NamedTuple):
     """One block of a stream. `data` is None where no field was `data`: comments, retries, stray blank lines.
 
     `raw` runs through the closing blank line; a blank line that closes nothing begins the next event's `raw`.

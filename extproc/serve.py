@@ -101,6 +101,7 @@ class Processor:
         """Serve until `stop`, then drain."""
         for encoding in ("o200k_base", "cl100k_base"):
             tokens.counter(encoding)  # a quarter of a second each: before the first request, not in it
+        self._gate.prices.price(Target("openai", "gpt-4o"), None)  # the catalogue: a tenth of a second, likewise
         self._keys.start()
         self._secrets.start()
         self._settler.start()

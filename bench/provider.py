@@ -1,111 +1,152 @@
-"""The cheapest provider that can be written in Python, so that what is measured is the gateway."""
+"""The provider that all gateways are measured against: as cheap as Python can be, in a process of its own.
+
+`python -m bench.provider` prints its port. What an answer looks like is written in the prompt, which every gateway
+passes on: see `pace`. Events leave on a schedule that does not shift when one is late, and how late the latest was
+is told at `GET /lateness`, so that a slow provider is not taken for a slow gateway.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import re
+from functools import lru_cache
 from typing import cast
 
 import orjson
+import uvloop
 
-CHUNK = orjson.dumps(
+WORD = b" word"  # one token in both of OpenAI's vocabularies
+_PACE = re.compile(rb"\[(\d+) events of (\d+) tokens, (\d+) us apart\]")
+_STREAM = re.compile(rb'"stream":\s*true')
+_LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
+_EDGE_BYTES = 4096  # where a large body's pace and options are looked for
+
+_COMMON = {"id": "chatcmpl-bench", "created": 1, "model": "gpt-4o"}
+WHOLE_ANSWER = orjson.dumps(
     {
-        "id": "chatcmpl-bench",
-        "object": "chat.completion.chunk",
-        "created": 1,
-        "model": "gpt-4o",
-        "choices": [{"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}],
-        "usage": None,
-    }
-)
-ANSWER = orjson.dumps(
-    {
-        "id": "chatcmpl-bench",
+        **_COMMON,
         "object": "chat.completion",
-        "created": 1,
-        "model": "gpt-4o",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello!"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
     }
 )
 
 
-def _chunked(data: bytes) -> bytes:
+def pace(events: int, gap_us: int, tokens: int = 1) -> str:
+    """What a prompt says to have its answer streamed like this."""
+    return f"[{events} events of {tokens} tokens, {gap_us} us apart]"
+
+
+def _json(body: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+def _chunk(event: bytes) -> bytes:
+    data = _sse(event)
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-_WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
+_WHOLE = _json(WHOLE_ANSWER)
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-_EVENT = _chunked(b"data: " + CHUNK + b"\n\n")
 
 
-def _tail(events: int) -> bytes:
-    usage = {"prompt_tokens": 9, "completion_tokens": events, "total_tokens": 9 + events}
-    closing = orjson.dumps({"id": "chatcmpl-bench", "object": "chat.completion.chunk", "choices": [], "usage": usage})
-    return _chunked(b"data: " + closing + b"\n\n") + _chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+def _sse(event: bytes) -> bytes:
+    return b"data: " + event + b"\n\n"
 
 
-@dataclass(slots=True)
-class Pace:
-    """How streams are sent: so many events, so far apart."""
+def stream_event(tokens: int) -> bytes:
+    """One event with so many words."""
+    return _sse(_delta({"content": (WORD * tokens).decode()}, None))
 
-    events: int = 100
-    gap_s: float = 0.01
+
+def _delta(delta: dict[str, str], finish: str | None) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    return orjson.dumps({**_COMMON, "object": "chat.completion.chunk", "choices": [choice], "usage": None})
+
+
+@lru_cache
+def _event(tokens: int) -> bytes:
+    return _chunk(_delta({"content": (WORD * tokens).decode()}, None))
+
+
+@lru_cache
+def _end(tokens: int) -> bytes:
+    usage = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
+    closing = {**_COMMON, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+    return _chunk(_delta({}, "stop")) + _chunk(orjson.dumps(closing)) + _chunk(b"[DONE]") + b"0\r\n\r\n"
 
 
 class Provider(asyncio.Protocol):
-    """One connection. A body that says `"stream":true` gets events, any other the whole answer."""
+    """One connection, with one request at a time."""
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-        self._buffer = b""
+    worst_late_s = 0.0  # of all connections
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._received = bytearray()
+        self._left: int | None = None  # of the body; -1 where it is chunked
+        self._timer: asyncio.TimerHandle | None = None
+        self._begun_s = 0.0
+        self._sent = 0
+        self._events = self._tokens = 0
+        self._gap_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, _: Exception | None) -> None:
-        for task in self._tasks:
-            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, separator, rest = self._buffer.partition(b"\r\n\r\n")
-        if not separator:
+        self._received += data
+        if self._left is None:
+            end = self._received.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            length = _LENGTH.search(self._received, 0, end)
+            chunked = length is None and self._received.startswith(b"POST")
+            self._left = -1 if chunked else end + 4 + (int(length[1]) if length else 0)
+        if self._left < 0 and not self._received.endswith(b"0\r\n\r\n"):
             return
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
-        if len(rest) < length:
+        if len(self._received) >= self._left:
+            request, self._received, self._left = self._received, bytearray(), None
+            self._answer(request)
+
+    def _answer(self, request: bytearray) -> None:
+        if request.startswith(b"GET"):
+            self._transport.write(_json(b"%.3f" % (Provider.worst_late_s * 1000)))
+            Provider.worst_late_s = 0.0
             return
-        self._buffer = rest[length:]
-        if b'"stream":true' in rest:
-            task = asyncio.ensure_future(self._stream())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        else:
+        edges = request if len(request) < 2 * _EDGE_BYTES else request[:_EDGE_BYTES] + request[-_EDGE_BYTES:]
+        if _STREAM.search(edges) is None:
             self._transport.write(_WHOLE)
-
-    async def _stream(self) -> None:
+            return
+        asked = _PACE.search(edges)
+        assert asked is not None, "a stream without its pace"
+        self._events, self._tokens, gap_us = (int(figure) for figure in asked.groups())
+        self._gap_s, self._sent, self._begun_s = gap_us / 1e6, 0, self._loop.time()
         self._transport.write(_HEAD)
-        for _ in range(self._pace.events):
-            self._transport.write(_EVENT)
-            if self._pace.gap_s:
-                await asyncio.sleep(self._pace.gap_s)
-        self._transport.write(_tail(self._pace.events))
+        self._next()
+
+    def _next(self) -> None:
+        due_s = self._begun_s + self._sent * self._gap_s
+        Provider.worst_late_s = max(Provider.worst_late_s, self._loop.time() - due_s)
+        self._transport.write(_event(self._tokens))
+        self._sent += 1
+        if self._sent == self._events:
+            self._transport.write(_end(self._events * self._tokens))
+        else:
+            self._timer = self._loop.call_at(due_s + self._gap_s, self._next)
 
 
-@dataclass(slots=True)
-class Server:
-    """A running provider."""
+async def _serve() -> None:
+    server = await asyncio.get_running_loop().create_server(Provider, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
 
-    pace: Pace = field(default_factory=Pace)
-    port: int = 0
-    _server: asyncio.Server | None = None
 
-    async def start(self) -> None:
-        self._server = await asyncio.get_running_loop().create_server(lambda: Provider(self.pace), "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    def close(self) -> None:
-        assert self._server is not None
-        self._server.close()
+if __name__ == "__main__":
+    uvloop.run(_serve())

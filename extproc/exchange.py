@@ -335,7 +335,7 @@ class Exchange:
 
     def _on_body_refusal(self, event: ResponseHeaders) -> list[Command]:
         """Envoy ended the request while its body came: too large (413), or too slow (408)."""
-        status = int(headers.collect(event.headers).get(":status") or 0)
+        status = int(dict(event.headers).get(":status") or 0)
         commands = [ContinueResponse(), *self._write(Outcome.REFUSED, status)]
         self._state = State.PASSING
         return commands

@@ -217,6 +217,9 @@ def chart(figures: Figures, kinds: Sequence[type[Gateway]]) -> str:
         x, y = (position % 2) * _WIDTH, (position // 2) * height
         drawn.append(f'<g transform="translate({x + 10},{y + 10})">{_panel(figures, kinds, title, figure)}</g>')
     rows = (len(_PANELS) + 1) // 2
+    drawn.append(
+        f'<text x="10" y="{rows * height + 12}" fill="#57606a">Logarithmic scales; medians of the rounds.</text>'
+    )
     size = f'width="{2 * _WIDTH + 20}" height="{rows * height + 20}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'

@@ -24,6 +24,8 @@ class FaultProxy:
         self.lost = 0  # replies, so far
         self._upstream = upstream
         self._to_lose: list[bytes] = []
+        self._to_hold_back: list[bytes] = []
+        self._healed = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._conversations: set[asyncio.Task[None]] = set()
         self.heal()
@@ -49,6 +51,11 @@ class FaultProxy:
         """Pass on so many requests that hold `marker`, and cut the connection in the place of each one's reply."""
         self._to_lose += [marker] * times
 
+    def hold_back(self, marker: bytes) -> None:
+        """Pass on requests that hold `marker`, and none of their replies until `heal`."""
+        self._to_hold_back.append(marker)
+        self._healed.clear()
+
     def cut(self) -> None:
         """Cut every connection."""
         for conversation in self._conversations:
@@ -60,6 +67,8 @@ class FaultProxy:
         self.replies.set()
         self.latency_s = 0.0
         self._to_lose.clear()
+        self._to_hold_back.clear()
+        self._healed.set()
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         conversation = asyncio.create_task(self._converse(reader, writer))
@@ -95,6 +104,8 @@ class FaultProxy:
                     self._to_lose.remove(marker)
                     self.lost += 1
                     return
+            if any(marker in asked for marker in self._to_hold_back):
+                await self._healed.wait()
             asked.clear()
             await self.replies.wait()
             await asyncio.sleep(self.latency_s)

@@ -99,8 +99,9 @@ class Processor:
     async def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         log = (self.state_dir / "processor.log").open("ab")
+        command = (sys.executable, "-m", "extproc", "serve", "--workers", "1")
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "extproc", "serve", env=dict(self.environment), stdout=log, stderr=log
+            *command, env=dict(self.environment), stdout=log, stderr=log
         )
         log.close()
 

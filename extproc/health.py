@@ -30,10 +30,16 @@ class HealthServer:
     """Serves Health on loopback, where Cloud Run's probes reach it. Port 0 takes a free one."""
 
     def __init__(self, unready: Callable[[], str | None], port: int) -> None:
+        """Raises OSError where the port is taken."""
         # Checks run in a thread of their own: a probe must not wait behind the event loop's work, nor add to it.
-        self._server = grpc.server(ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"))
+        # Without SO_REUSEPORT: two servers would share a port, and a probe would reach either.
+        threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="health")
+        self._server = grpc.server(threads, options=(("grpc.so_reuseport", 0),))
         health_pb2_grpc.add_HealthServicer_to_server(Health(unready), self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        try:
+            self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        except RuntimeError as error:  # what grpcio raises for it
+            raise OSError(f"TOLLGATE_HEALTH_PORT {port} cannot be listened on: it may be taken") from error
 
     def start(self) -> None:
         """Answer probes from now on."""

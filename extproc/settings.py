@@ -66,7 +66,7 @@ class Settings:
             },
             issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
             added_issuers=tuple(_issuer_keys(env)),
-            namespace=env.get("TOLLGATE_NAMESPACE") or "tollgate",
+            namespace=_namespace(env.get("TOLLGATE_NAMESPACE") or "tollgate"),
             lease_tokens=_integer(env, "TOLLGATE_LEASE_TOKENS", 100, 1, 100_000),
             hold_ttl_ms=_integer(env, "TOLLGATE_HOLD_TTL_MS", 60_000, 500, 3_600_000),
             ledger_timeout_ms=_integer(env, "TOLLGATE_LEDGER_TIMEOUT_MS", 1_000, 50, 60_000),
@@ -109,7 +109,20 @@ def _redis_url(url: str) -> str:
         raise SettingsInvalid(
             "REDIS_URL must begin with redis://, rediss://, redis+cluster://, rediss+cluster:// or unix://"
         )
+    try:
+        usable = urlsplit(url).port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        usable = False
+    if not usable:
+        raise SettingsInvalid("REDIS_URL must have a host and a port from 1 to 65535, if it has any")
     return url
+
+
+def _namespace(text: str) -> str:
+    """Redis keeps the keys of one hash tag, the text between braces, in one slot: braces inside would end it."""
+    if not re.fullmatch(r"[^{}\s]+", text):
+        raise SettingsInvalid("TOLLGATE_NAMESPACE must not have braces or white space")
+    return text
 
 
 def _issuer_keys(env: Mapping[str, str]) -> dict[str, str]:

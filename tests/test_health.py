@@ -77,3 +77,10 @@ def test_checks_do_not_run_in_the_main_thread() -> None:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
     server.close()
     assert threads[0].startswith("health")
+
+
+def test_a_taken_port_is_refused_in_one_line() -> None:
+    server = HealthServer(lambda: None, 0)
+    with pytest.raises(OSError, match=rf"^TOLLGATE_HEALTH_PORT {server.port} [^\n]+$"):
+        HealthServer(lambda: None, server.port)
+    server.close()

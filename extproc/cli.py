@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from extproc.errors import LedgerUnavailable, PolicyInvalid
-from extproc.limits import MAX_WORKERS
+from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_WORKERS
 from extproc.records import Balance, BudgetRule, Policy, Principal, Scope
 from extproc.settings import Settings, SettingsInvalid
 from extproc.sinks import SinkUnavailable
@@ -99,7 +99,13 @@ def ship() -> None:
 @main.command()
 @click.option("--email", required=True, help="Whose token: a person's or a service's.")
 @click.option("--aud", help="The audience; the policy's first by default.")
-@click.option("--ttl", default=3600, type=click.IntRange(min=1), show_default=True, help="Seconds until it expires.")
+@click.option(
+    "--ttl",
+    default=3600,
+    type=click.IntRange(1, MAX_TOKEN_LIFETIME_S),
+    show_default=True,
+    help="Seconds until it expires.",
+)
 def token(email: str, aud: str | None, ttl: int) -> None:
     """Print an ID token of the local stack's development issuer."""
     from extproc.local.issuer import KEY_FILE, DevIssuer

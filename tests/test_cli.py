@@ -94,6 +94,13 @@ class TestToken:
         assert claims["email"] == "alice@example.com"
         assert claims["exp"] - claims["iat"] == ttl_s
 
+    @pytest.mark.parametrize("ttl_s", [0, 86_401])
+    def test_lives_no_longer_than_the_gateway_accepts(self, ttl_s: int) -> None:
+        assert tollgate("token", "--email", "a@example.com", "--ttl", "86400").exit_code == 0
+        result = tollgate("token", "--email", "a@example.com", "--ttl", str(ttl_s))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "1<=x<=86400" in result.stderr
+
     def test_needs_a_policy_for_its_audience(self, directory: Path) -> None:
         (directory / "policy.yaml").unlink()
         fails_in_one_line(tollgate("token", "--email", "a@example.com"), "policy.yaml", "No such file")
@@ -354,3 +361,16 @@ def test_the_stacks_environment_is_beneath_the_real_one(directory: Path) -> None
     env = {"TOLLGATE_STATE_DIR": str(directory), "A": "real"}
     assert cli.stack_environment(env) == {"A": "real", "B": "x=y", "C": "file", "TOLLGATE_STATE_DIR": str(directory)}
     assert cli.stack_environment({"TOLLGATE_STATE_DIR": str(directory / "none"), "A": "1"})["A"] == "1"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_taken_health_port_ends_the_processor(workers: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [*COMMAND, "serve", "--workers", workers]
+        env = os.environ | {"TOLLGATE_HEALTH_PORT": port}
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == f"Error: TOLLGATE_HEALTH_PORT {port} cannot be listened on: it may be taken"

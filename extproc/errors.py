@@ -121,6 +121,10 @@ class LedgerUnavailable(Exception):
     """The ledger did not answer in time, or answered with an error. Nothing is known about the operation."""
 
 
+class LedgerRefused(LedgerUnavailable):
+    """Redis answered, with an error: about this command, so that others may well succeed."""
+
+
 class PolicyInvalid(Exception):
     """A policy that cannot be used. `problems` are `line N: field: what is wrong`, in the file's order."""
 

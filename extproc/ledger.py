@@ -2,7 +2,8 @@
 
 Commands issued in one turn of the event loop share one pipeline. Every command has a deadline from when it was issued,
 and all are safe to repeat by request id, so that one whose reply was lost is sent again. Nothing of redis-py leaves
-this module: whatever goes wrong is LedgerUnavailable, after which nothing is known about the operation.
+this module: whatever goes wrong is LedgerUnavailable, after which nothing is known about the operation. Where Redis
+itself answered with an error it is LedgerRefused.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisClusterException,
     RedisError,
+    ResponseError,
     TryAgainError,
 )
 
 from extproc import limits
 from extproc.budget import window_at
-from extproc.errors import LedgerUnavailable
+from extproc.errors import LedgerRefused, LedgerUnavailable
 from extproc.records import (
     NOTHING,
     Amount,
@@ -67,6 +69,9 @@ _LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, RedisClusterEx
 
 # This node cannot answer, another one or the same one later can: after a failover, or while slots move.
 _WRONG_NODE = (ReadOnlyError, AskError, ClusterDownError, TryAgainError)
+
+# What may be sent again as it is.
+_REPEATABLE = (NoScriptError, *_WRONG_NODE, *_LOST)
 
 
 def _wall_ms() -> int:
@@ -299,7 +304,7 @@ class Ledger:
         if isinstance(reply, NoScriptError):
             self._scripts_known = False
         if isinstance(reply, Exception):
-            again = isinstance(reply, (NoScriptError, *_WRONG_NODE, *_LOST))
+            again = isinstance(reply, _REPEATABLE)
             self._retry_or_fail(command, reply) if again else command.fail(reply)
             return
         try:
@@ -333,7 +338,8 @@ class _Command:
 
     def fail(self, error: Exception) -> None:
         self.timer.cancel()
-        _fail(self.future, f"{type(error).__name__}: {error}")
+        own = isinstance(error, ResponseError) and not isinstance(error, _REPEATABLE)
+        _fail(self.future, f"{type(error).__name__}: {error}", LedgerRefused if own else LedgerUnavailable)
 
 
 class _SendInstead(Exception):
@@ -450,9 +456,9 @@ class _Cluster:
         await self._cluster.aclose()
 
 
-def _fail(future: asyncio.Future[Any], why: str) -> None:
+def _fail(future: asyncio.Future[Any], why: str, kind: type[LedgerUnavailable] = LedgerUnavailable) -> None:
     if not future.done():
-        future.set_exception(LedgerUnavailable(why))
+        future.set_exception(kind(why))
 
 
 def _hold(ask: HoldAsk, windows: tuple[BudgetWindow, ...], held: Amount, over: bytes) -> Hold:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from extproc.errors import LedgerUnavailable
+from extproc.errors import LedgerRefused, LedgerUnavailable
 from extproc.records import Settlement
 from extproc.settlements import SettlementLog
 
@@ -19,7 +19,7 @@ class SettlingLedger(Protocol):
     """What this module asks of `ledger.Ledger`."""
 
     def settle(self, settlement: Settlement) -> asyncio.Future[bool]:
-        """Post once; the future raises LedgerUnavailable."""
+        """Post once; the future raises LedgerUnavailable, LedgerRefused where Redis itself answered with an error."""
 
 
 class Settler:
@@ -29,6 +29,7 @@ class Settler:
         self._ledger = ledger
         self._log = log
         self._under_way: set[asyncio.Future[bool]] = set()
+        self._refused: set[str] = set()  # ids that were logged as such
         self._retrying: asyncio.Task[None] | None = None
 
     def settle(self, settlement: Settlement) -> None:
@@ -62,10 +63,16 @@ class Settler:
             await asyncio.sleep(_RETRY_S)
 
     async def retry(self) -> None:
-        """One round over what is open; ends at the first that the ledger does not take."""
+        """One round over what is open; ends where the ledger is away. One that it refuses stays, and stops no other."""
         for settlement in self._log.pending():
             try:
                 await self._ledger.settle(settlement)
+            except LedgerRefused as error:
+                if settlement.request_id not in self._refused:
+                    self._refused.add(settlement.request_id)
+                    _log.error("settlement of %s is refused and stays on disk: %s", settlement.request_id, error)
             except LedgerUnavailable:
                 return
-            self._log.done(settlement.request_id)
+            else:
+                self._refused.discard(settlement.request_id)
+                self._log.done(settlement.request_id)

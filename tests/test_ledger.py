@@ -21,7 +21,7 @@ from redis.crc import key_slot
 
 from extproc import limits
 from extproc.budget import window_at
-from extproc.errors import LedgerUnavailable
+from extproc.errors import LedgerRefused, LedgerUnavailable
 from extproc.ledger import Ledger, load_scripts
 from extproc.local.valkey import LocalValkey, free_port
 from extproc.records import (
@@ -289,7 +289,7 @@ async def test_an_amount_that_is_no_whole_number_fails_before_anything_is_writte
         bench.ledger.extend("open", hold.windows, tokens(bad), tokens(900)),
         bench.ledger.extend("open", hold.windows, NOTHING, tokens(bad)),
     ):
-        with pytest.raises(LedgerUnavailable):
+        with pytest.raises(LedgerRefused):
             await future
     assert await bench.keys() == before
     assert await bench.figures(hold.windows[0]) == (0, 100)
@@ -764,8 +764,9 @@ async def test_a_killed_redis_is_an_outage_until_it_is_back(server: LocalValkey)
         await asyncio.gather(*(held(bench, f"r{number}", budget(limit=10**6)) for number in range(1_500)))
         server.kill()
         for check in (bench.ledger.hold(ask("s", budget())), bench.ledger.check(), bench.ledger.sweep()):
-            with pytest.raises(LedgerUnavailable):
+            with pytest.raises(LedgerUnavailable) as outage:
                 await check
+            assert not isinstance(outage.value, LedgerRefused)
         server.start()
         hold = await held(bench, "s", budget())
         assert await bench.figures(hold.windows[0]) == (0, 100)
@@ -792,8 +793,9 @@ async def test_a_replica_is_no_place_to_hold_until_it_is_promoted(server: LocalV
     async with opened(server.url, timeout_ms=5_000) as bench:
         await held(bench, "r", budget())
         await bench.store.replicaof("127.0.0.1", free_port())
-        with pytest.raises(LedgerUnavailable, match="ReadOnly"):
+        with pytest.raises(LedgerUnavailable, match="ReadOnly") as replica:
             await bench.ledger.hold(ask("s", budget()))
+        assert not isinstance(replica.value, LedgerRefused)
         await bench.store.replicaof("NO", "ONE")
         assert (await held(bench, "s", budget())).held == tokens(100)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.errors import LedgerUnavailable
+from extproc.errors import LedgerRefused, LedgerUnavailable
 from extproc.records import Amount, Settlement
 from extproc.settlements import SettlementLog
 from extproc.settling import Settler
@@ -21,6 +21,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.up = True
+        self.refuses: list[Settlement] = []
         self.posted: list[Settlement] = []
         self.asked = 0
         self.hanging: list[asyncio.Future[bool]] | None = None
@@ -30,6 +31,8 @@ class Ledger:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self.hanging is not None:
             self.hanging.append(future)
+        elif self.up and settlement in self.refuses:
+            future.set_exception(LedgerRefused("not a whole number"))
         elif self.up:
             new = settlement not in self.posted
             self.posted += [settlement] if new else []
@@ -70,6 +73,24 @@ async def test_what_the_ledger_does_not_take_is_kept_and_posted_once_when_it_is_
     ledger.up = True
     await settler.retry()
     assert (ledger.posted, log.pending()) == ([A, B], ())
+    await settler.close()
+
+
+async def test_one_that_the_ledger_refuses_stays_and_stops_no_other(
+    log: SettlementLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger()
+    settler = Settler(ledger, log)
+    ledger.refuses = [A]
+    for settlement in (A, B, C):
+        log.add(settlement)
+    await settler.retry()
+    await settler.retry()
+    assert (ledger.posted, log.pending()) == ([B, C], (A,))
+    assert caplog.text.count("is refused") == 1
+    ledger.refuses = []
+    await settler.retry()
+    assert (ledger.posted, log.pending()) == ([B, C, A], ())
     await settler.close()
 
 

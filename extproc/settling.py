@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import Protocol
 
 from extproc.errors import LedgerRefused, LedgerUnavailable
-from extproc.records import Settlement
+from extproc.limits import MAX_NANOUSD, MAX_TOKENS
+from extproc.records import Amount, Settlement
 from extproc.settlements import SettlementLog
 
 _RETRY_S = 1.0
@@ -33,7 +35,8 @@ class Settler:
         self._retrying: asyncio.Task[None] | None = None
 
     def settle(self, settlement: Settlement) -> None:
-        """Post now; never waits."""
+        """Post now; never waits. Figures beyond what the ledger can count are posted as the most that it can."""
+        settlement = _countable(settlement)
         future = self._ledger.settle(settlement)
         self._under_way.add(future)
 
@@ -76,3 +79,13 @@ class Settler:
             else:
                 self._refused.discard(settlement.request_id)
                 self._log.done(settlement.request_id)
+
+
+def _countable(settlement: Settlement) -> Settlement:
+    """Usage is a fact: refused as too much, it would not count at all."""
+    actual = settlement.actual
+    counted = Amount(min(actual.nanousd, MAX_NANOUSD), min(actual.tokens, MAX_TOKENS))
+    if counted == actual:
+        return settlement
+    _log.error("settlement of %s: %s is more than can be counted, posted as %s", settlement.request_id, actual, counted)
+    return dataclasses.replace(settlement, actual=counted)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from extproc.errors import LedgerRefused, LedgerUnavailable
+from extproc.limits import MAX_NANOUSD, MAX_TOKENS
 from extproc.records import Amount, Settlement
 from extproc.settlements import SettlementLog
 from extproc.settling import Settler
@@ -91,6 +92,30 @@ async def test_one_that_the_ledger_refuses_stays_and_stops_no_other(
     ledger.refuses = []
     await settler.retry()
     assert (ledger.posted, log.pending()) == ([B, C, A], ())
+    await settler.close()
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["at-once", "from-disk"])
+@pytest.mark.parametrize(
+    ("actual", "posted"),
+    [
+        (Amount(MAX_NANOUSD, MAX_TOKENS), Amount(MAX_NANOUSD, MAX_TOKENS)),
+        (Amount(MAX_NANOUSD + 1, 5), Amount(MAX_NANOUSD, 5)),
+        (Amount(5, 10**30), Amount(5, MAX_TOKENS)),
+    ],
+    ids=["the-most", "money", "tokens"],
+)
+async def test_more_than_can_be_counted_is_posted_as_the_most_that_can(
+    log: SettlementLog, caplog: pytest.LogCaptureFixture, actual: Amount, posted: Amount, up: bool
+) -> None:
+    ledger = Ledger()
+    ledger.up = up
+    settler = Settler(ledger, log)
+    await settled(settler, Settlement("r", (), actual))
+    ledger.up = True
+    await settler.retry()
+    assert ledger.posted == [Settlement("r", (), posted)]
+    assert ("more than can be counted" in caplog.text) is (actual != posted)
     await settler.close()
 
 

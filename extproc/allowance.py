@@ -32,11 +32,13 @@ class Allowance:
         return Amount(self._base_nanousd - (-tokens * self._nanousd_per_mtok // MTOK), self.prompt_tokens + tokens)
 
     def lease(self, tokens: int) -> Amount:
-        """The hold to ask for when so many output tokens have come: two leases ahead, never past the cap.
+        """The hold to ask for when so many output tokens have come: two leases ahead, and not past the cap.
 
-        Two, so that the next can be asked for while one is still left and the stream does not wait for Redis.
+        Two, so that the next can be asked for while one is still left and the stream does not wait for Redis. A stream
+        that is past its cap already (its provider takes no notice, or the count runs high) goes on by leases.
         """
-        return self.used(max(tokens, min(tokens + 2 * self.lease_tokens, self.cap)))
+        ahead = tokens + 2 * self.lease_tokens
+        return self.used(min(ahead, self.cap) if tokens <= self.cap else ahead)
 
     def whole(self) -> Amount:
         """The hold of a request that cannot be cut, or that may think unseen: all it may ever cost."""
@@ -57,5 +59,5 @@ class Allowance:
         return self._held
 
     def runs_low(self, tokens: int) -> bool:
-        """Whether it is time to ask for more: less than a lease is left, and the cap lies beyond it."""
-        return tokens > self.covered - self.lease_tokens and self.covered < self.cap
+        """Whether it is time to ask for more: less than a lease is left, and not all of the cap is held."""
+        return tokens > self.covered - self.lease_tokens and (self.covered < self.cap or tokens > self.cap)

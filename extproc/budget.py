@@ -11,9 +11,10 @@ from zoneinfo import ZoneInfo
 
 from extproc.errors import BudgetExhausted, TollgateError
 from extproc.limits import MAX_BUDGETS_PER_REQUEST, MAX_CACHED_MATCHES, MAX_CACHED_WINDOWS
-from extproc.records import Budget, BudgetRule, BudgetWindow, HoldRefusal, Mode, Principal, Scope, Unit, Window
+from extproc.records import Amount, Budget, BudgetRule, BudgetWindow, HoldRefusal, Mode, Principal, Scope, Unit, Window
 
 _MINUTE_MS = 60_000
+_PENDING_RETRY_S = 5  # open requests end in seconds
 _NANOUSD_PER_USD = 10**9
 _UNIT_WORDS = {Unit.NANOUSD: "usd", Unit.TOKENS: "tokens"}
 
@@ -40,9 +41,17 @@ def window_at(budget: Budget, now_ms: int) -> BudgetWindow:
     return BudgetWindow(budget, *_bounds(budget.window, budget.tz, now_ms // _MINUTE_MS))
 
 
-def refusal(refused: HoldRefusal) -> BudgetExhausted:
-    """What a caller is told whose request was not let through."""
-    return _exhausted(refused, "has too little left for this request")
+def refusal(refused: HoldRefusal, least: Amount) -> BudgetExhausted:
+    """What a caller is told whose request was not let through; `least` is what it had to hold.
+
+    Where only open requests stand in its way it may try again in a moment.
+    """
+    budget = refused.budget
+    must_hold = least.of(budget.unit)
+    what = f"has too little left for this request, which must hold {_readable(must_hold, budget.unit)}"
+    if must_hold > budget.limit:
+        what += " (a lower max_completion_tokens lets it hold less)"
+    return _exhausted(refused, what, may_clear=budget.limit - refused.posted >= must_hold)
 
 
 def cut(refused: HoldRefusal) -> BudgetExhausted:
@@ -128,7 +137,7 @@ def _instant(local: datetime) -> int:
     return round(local.timestamp()) * 1_000
 
 
-def _exhausted(refused: HoldRefusal, what: str) -> BudgetExhausted:
+def _exhausted(refused: HoldRefusal, what: str, may_clear: bool = False) -> BudgetExhausted:
     budget = refused.budget
     used = _readable(refused.posted, budget.unit)
     held = f" and {_readable(refused.pending, budget.unit)} is held by open requests" if refused.pending else ""
@@ -136,7 +145,8 @@ def _exhausted(refused: HoldRefusal, what: str) -> BudgetExhausted:
     return BudgetExhausted(
         f"Budget {budget.id} {what}: its limit is {limit}, of which {used} is used{held}; {_reset(refused)}.",
         budget_id=budget.id,
-        retry_after_s=_retry_after_s(refused),
+        retry_after_s=_PENDING_RETRY_S if may_clear else _retry_after_s(refused),
+        may_clear=may_clear,
     )
 
 

@@ -82,15 +82,21 @@ class UnsupportedMedia(TollgateError):
 
 
 class BudgetExhausted(TollgateError):
-    """A hard budget has less left than the request must hold. `retry_after_s` runs to the budget's reset."""
+    """A hard budget has less left than the request must hold. `retry_after_s` runs to the budget's reset.
+
+    `may_clear`: what lacks is only held by open requests, and may be free again when they end.
+    """
 
     status = 429
     type = "insufficient_quota"
     code = "insufficient_quota"
 
-    def __init__(self, message: str, *, budget_id: str, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, budget_id: str, retry_after_s: int | None = None, may_clear: bool = False
+    ) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
         self.budget_id = budget_id
+        self.may_clear = may_clear
 
 
 class UpstreamFailure(TollgateError):
@@ -102,11 +108,14 @@ class UpstreamFailure(TollgateError):
 
 
 class Unavailable(TollgateError):
-    """A dependency that money or identity needs cannot be reached: fail closed."""
+    """A dependency that money or identity needs cannot be reached: fail closed. Worth a try in a second."""
 
     status = 503
     type = "service_unavailable"
     code = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
 
 
 class ProtocolViolation(Exception):

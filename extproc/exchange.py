@@ -97,6 +97,9 @@ from extproc.records import (
 
 ROUTE_HEADER = "x-tollgate-internal-route"
 ATTEMPTS_HEADER = "x-envoy-attempt-count"
+FLAGS_HEADER = "x-tollgate-internal-flags"  # on replies that Envoy makes itself: why (its access log's RESPONSE_FLAGS)
+# The reasons by which a provider had the request, and may have written an answer that never came.
+_LOST_ANSWER = frozenset({"UC", "UR", "UT", "UPE", "SI"})
 CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before there was a status
 
 _JSON = ("content-type", "application/json")
@@ -146,6 +149,7 @@ class Exchange:
         "_gate",
         "_headers",
         "_hold",
+        "_lost",
         "_meter",
         "_out",
         "_overhead_ns",
@@ -174,6 +178,7 @@ class Exchange:
         self._queue: deque[ResponseBody | ResponseTrailers] = deque()  # what came while a chunk waits, or after the cut
         self._answer = bytearray()
         self._end = False
+        self._lost = False  # Envoy gave up on a provider that had the request
         self._extending = False  # an extension is under way
         self._fresh = False  # … and was asked for after the stream ran into its hold
         self._blame: TollgateError = UpstreamFailure("The provider's answer ended early.")
@@ -286,16 +291,20 @@ class Exchange:
             request_id=self._request_id,
             budgets=plan.budgets,
             ask=allowance.lease(0) if plan.cuttable else allowance.whole(),
-            least=allowance.used(1) if plan.cuttable else allowance.whole(),
+            least=self._least(),
             used=allowance.used(0),
             note=self._note(),
         )
         return [PlaceHold(ask), SetTimer(self._gate.admission_timeout_ms)]
 
+    def _least(self) -> Amount:
+        """The least that the request can be let through with."""
+        return self._allowance.used(1) if self._admitted.cuttable else self._allowance.whole()
+
     def _on_hold_answered(self, event: HoldAnswered) -> list[Command]:
         answer = event.answer
         if isinstance(answer, HoldRefusal):
-            raise budget.refusal(answer)
+            raise budget.refusal(answer, self._least())
         if answer is None:
             return [*self._refuse(Unavailable("The budget could not be checked in time.")), *self._release()]
         self._hold = answer
@@ -435,11 +444,19 @@ class Exchange:
     def _begin_failure(self, event: ResponseHeaders) -> list[Command]:
         """An error's body is kept back until it is whole, so that no secret passes in two halves."""
         self._state = State.FAILING
+        self._lost = not _LOST_ANSWER.isdisjoint(dict(event.headers).get(FLAGS_HEADER, "").split(","))
         removed = (*self._kept_back(event.headers), "content-length")
         commands: list[Command] = [ContinueResponse(set_headers=(self._own_id(),), remove_headers=removed)]
         if event.end:
-            commands += self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
+            commands += self._finish_failure()
         return commands
+
+    def _finish_failure(self) -> list[Command]:
+        """Providers do not bill errors. An answer that was lost on its way is counted like one that was abandoned."""
+        if self._lost:
+            usage = self._counted_usage(self._unseen_tokens())
+            return self._finish(Outcome.UPSTREAM_ERROR, usage, UsageSource.COUNTED)
+        return self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
 
     def _on_error_chunk(self, event: ResponseBody) -> list[Command]:
         self._keep(event.body, limits.MAX_ERROR_BYTES)
@@ -448,15 +465,12 @@ class Exchange:
         body = self._gate.redact(bytes(self._answer))
         if len(self._answer) == limits.MAX_ERROR_BYTES:  # cut off, perhaps in the middle of a secret
             body = self._dialect.render_error(UpstreamFailure("The provider's error is too long to be passed on."))
-        return [
-            ForwardChunk(body),
-            *self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER),
-        ]
+        return [ForwardChunk(body), *self._finish_failure()]
 
     def _replace_answer(self, error: TollgateError) -> list[Command]:
         """The provider's answer does not go on. What it may have billed for it is posted as far as it is known."""
         failed = not 200 <= self._status < 300
-        usage = Usage(0, 0) if failed else self._counted_usage(self._unseen_tokens())
+        usage = Usage(0, 0) if failed else self._counted_usage(self._written_by(self._gate.clock.now_ns()))
         self._status = error.status
         return [self._reply(error), *self._finish(Outcome.UPSTREAM_ERROR, usage, UsageSource.COUNTED)]
 
@@ -566,7 +580,7 @@ class Exchange:
         if self._state is State.FAILING:
             return [
                 Reply(self._blame.status, details=self._blame.code),
-                *self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER),
+                *self._finish_failure(),
             ]
         return self._reset()
 
@@ -618,7 +632,7 @@ class Exchange:
             case State.CUTTING:
                 commands = self._finish_stream(self._cut_outcome())
             case State.FAILING:
-                commands = self._finish(Outcome.UPSTREAM_ERROR, Usage(0, 0), UsageSource.PROVIDER)
+                commands = self._finish_failure()
         return commands
 
     def _has_everything(self) -> bool:
@@ -733,10 +747,8 @@ class Exchange:
         pairs = [_JSON, self._own_id()]
         if error.retry_after_s is not None:
             pairs.append(("retry-after", str(error.retry_after_s)))
-        if isinstance(error, BudgetExhausted):
-            pairs.append(
-                ("x-should-retry", "false")
-            )  # OpenAI's clients heed it; the balance will not change in seconds
+        if isinstance(error, BudgetExhausted) and not error.may_clear:
+            pairs.append(("x-should-retry", "false"))  # OpenAI's clients heed it, and would try again in a second
         if isinstance(error, Unauthenticated):
             pairs.append(("www-authenticate", "Bearer"))
         if isinstance(error, MethodNotAllowed):

@@ -28,8 +28,11 @@ class Plan:
 
     @property
     def cuttable(self) -> bool:
-        """Whether the answer can be ended at the limit. A whole one cannot, nor thoughts that nobody sees."""
-        return self.call.stream and not self.traits.reasoning
+        """Whether the answer can be ended at the limit. A whole one cannot, nor what is billed and cannot be counted:
+        thoughts that nobody sees, and sound.
+        """
+        speaks = "audio" in (self.call.body.get("modalities") or ())
+        return self.call.stream and not self.traits.reasoning and not speaks
 
     @property
     def sent_cap(self) -> int | None:

@@ -299,8 +299,8 @@ def cost(tokens: int, prompt: int = PROMPT) -> Amount:
     return Amount(prompt * INPUT_NANOUSD + tokens * OUTPUT_NANOUSD, prompt + tokens)
 
 
-def refusal(budget: Budget) -> HoldRefusal:
-    return HoldRefusal(budget, 4_000_000_000, 900_000_000, START_MS + 3_600_000, START_MS)
+def refusal(budget: Budget, posted: int = 4_000_000_000) -> HoldRefusal:
+    return HoldRefusal(budget, posted, 900_000_000, START_MS + 3_600_000, START_MS)
 
 
 def event(**fields: Any) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from extproc.budget import applicable, cut, refusal, window_at
 from extproc.errors import TollgateError
 from extproc.limits import MAX_BUDGETS_PER_REQUEST
-from extproc.records import Budget, BudgetRule, HoldRefusal, Mode, Principal, Scope, Unit, Window
+from extproc.records import Amount, Budget, BudgetRule, HoldRefusal, Mode, Principal, Scope, Unit, Window
 
 USD = 10**9
 RANKER = Principal("ranker@p.iam", service="ranker@p.iam", team="search", user=None)
@@ -165,13 +165,25 @@ def refused(posted: int, pending: int, window: Window = Window.DAY, **given: obj
 
 
 def test_a_refusal_says_which_budget_how_much_and_until_when() -> None:
-    error = refusal(refused(4_998_700_000, 1_300_000, tz="Europe/Zurich"))
+    error = refusal(refused(4_998_700_000, 1_300_000, tz="Europe/Zurich"), Amount(2_000_000, 50))
     assert error.message == (
-        "Budget service/ranker/day/x has too little left for this request: its limit is 5.00 USD, of which 4.9987 USD "
-        "is used and 0.0013 USD is held by open requests; it resets at 2026-11-24T00:00:00+01:00."
+        "Budget service/ranker/day/x has too little left for this request, which must hold 0.002 USD: its limit is "
+        "5.00 USD, of which 4.9987 USD is used and 0.0013 USD is held by open requests; "
+        "it resets at 2026-11-24T00:00:00+01:00."
     )
     assert (error.status, error.code, error.budget_id) == (429, "insufficient_quota", "service/ranker/day/x")
-    assert error.retry_after_s == 2
+    assert (error.retry_after_s, error.may_clear) == (2, False)
+
+
+def test_what_only_open_requests_hold_may_clear_in_seconds() -> None:
+    error = refusal(refused(0, 5 * USD), Amount(5 * USD, 50))
+    assert (error.retry_after_s, error.may_clear) == (5, True)
+    assert not refusal(refused(1, 5 * USD), Amount(5 * USD, 50)).may_clear
+
+
+def test_a_request_that_never_fits_is_told_what_would_help() -> None:
+    message = refusal(refused(0, 0, unit=Unit.TOKENS, limit=200_000), Amount(1, 272_000)).message
+    assert "must hold 272,000 tokens (a lower max_completion_tokens lets it hold less): its limit is 200,000" in message
 
 
 def test_a_cut_says_that_the_budget_was_used_up_while_streaming() -> None:
@@ -184,7 +196,7 @@ def test_a_cut_says_that_the_budget_was_used_up_while_streaming() -> None:
 
 
 def test_a_total_has_no_time_to_retry_after() -> None:
-    error = refusal(refused(5 * USD, 0, Window.TOTAL))
+    error = refusal(refused(5 * USD, 0, Window.TOTAL), Amount(1, 1))
     assert error.message.endswith("of which 5.00 USD is used; it never resets.")
     assert error.retry_after_s is None
 
@@ -192,7 +204,7 @@ def test_a_total_has_no_time_to_retry_after() -> None:
 @pytest.mark.parametrize("late_ms", [0, 1, 10_000], ids=str)
 def test_retry_after_is_a_second_at_least(late_ms: int) -> None:
     now = ms("2026-11-23T22:59:58")
-    assert refusal(HoldRefusal(budget(), 0, 0, now - late_ms, now)).retry_after_s == 1
+    assert refusal(HoldRefusal(budget(), 5 * USD, 0, now - late_ms, now), Amount(1, 1)).retry_after_s == 1
 
 
 @pytest.mark.parametrize(
@@ -201,4 +213,4 @@ def test_retry_after_is_a_second_at_least(late_ms: int) -> None:
     ids=str,
 )
 def test_money_is_readable_and_exact(nanousd: int, text: str) -> None:
-    assert f"its limit is {text}, " in refusal(HoldRefusal(budget(limit=nanousd), 0, 0, 0, 0)).message
+    assert f"its limit is {text}, " in refusal(HoldRefusal(budget(limit=nanousd), 0, 0, 0, 0), Amount(1, 1)).message

@@ -36,7 +36,7 @@ from extproc.events import (
     TimerFired,
     WriteRecord,
 )
-from extproc.exchange import TRANSITIONS, State
+from extproc.exchange import FLAGS_HEADER, TRANSITIONS, State
 from extproc.headers import CALLERS_ONLY
 from extproc.pricing import PriceBook
 from extproc.records import (
@@ -205,7 +205,7 @@ def test_a_repeated_header_that_decides_something_is_refused(name: str, status: 
     [
         (Unauthenticated("Who?"), 401, ("www-authenticate", "Bearer")),
         (Forbidden("Not you."), 403, None),
-        (Unavailable("The keys are too old."), 503, None),
+        (Unavailable("The keys are too old."), 503, ("retry-after", "1")),
         (Unavailable("Later.", retry_after_s=7), 503, ("retry-after", "7")),
     ],
     ids=["401", "403", "503", "503 with a time"],
@@ -409,7 +409,7 @@ def test_a_refused_hold_is_a_429_that_names_the_budget() -> None:
     talk = Talk()
     talk.post()
     budget = talk.one(PlaceHold).ask.budgets[0]
-    assert kinds(talk.feed(HoldAnswered(refusal(budget)))) == [Reply, WriteRecord]
+    assert kinds(talk.feed(HoldAnswered(refusal(budget, posted=budget.limit)))) == [Reply, WriteRecord]
     reply = talk.one(Reply)
     assert reply.status == 429
     assert ("retry-after", "3600") in reply.headers
@@ -662,12 +662,14 @@ def test_nothing_is_asked_beyond_the_cap() -> None:
         assert talk.chunk(delta(" word")) == [UNCHANGED]
 
 
-def test_more_than_the_cap_is_held_for_all_the_same() -> None:
+def test_more_than_the_cap_is_held_for_all_the_same_by_leases() -> None:
     talk = Talk().streaming(LEASE, max_tokens=LEASE)
     talk.chunk(b"".join(words(LEASE)))
     assert talk.chunk(delta(" and three more")) == [
-        ExtendLease(REQUEST_ID, talk.windows, cost(LEASE + 3), cost(LEASE + 3))
+        ExtendLease(REQUEST_ID, talk.windows, cost(LEASE + 3), cost(3 * LEASE + 3))
     ]
+    talk.lease(3 * LEASE + 3)
+    assert talk.chunk(delta(" word")) == [UNCHANGED]
 
 
 def test_a_chunk_waits_for_what_it_needs_and_keeps_the_order() -> None:
@@ -1137,6 +1139,35 @@ def test_an_answer_above_its_bound_is_passed_on_and_billed_by_its_beginning() ->
     data = answer("x" * limits.MAX_ANSWER_BYTES, usage=figures(9, 4))
     assert complete(talk, [data[:100], data[100:], b" "]) == data + b" "
     assert talk.settlement.actual == cost(1_000)  # the cap
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [("UT", 200), ("UC", 200), ("UR,URX", 200), ("UF,URX", 0), ("UH", 0), ("", 0)],
+    ids=["too slow", "closed", "reset", "not connected", "no host", "not Envoy's"],
+)
+def test_an_answer_that_was_lost_on_its_way_is_billed_by_the_time_it_took(flags: str, tokens: int) -> None:
+    talk = Talk().sent(1_000, max_tokens=500)
+    talk.tick(1_000)
+    talk.answered(504, ((FLAGS_HEADER, flags), *JSON))
+    talk.chunk(b"{}", end=True)
+    assert talk.settlement.actual == (cost(tokens) if tokens else Amount(0, 0))
+    assert talk.record.outcome is Outcome.UPSTREAM_ERROR
+
+
+def test_a_stream_of_sound_is_held_for_whole() -> None:
+    talk = Talk()
+    talk.post(stream=True, max_tokens=30, modalities=["text", "audio"])
+    assert talk.one(PlaceHold).ask.least == cost(30)
+
+
+def test_a_budget_that_only_open_requests_use_up_may_be_tried_again() -> None:
+    talk = Talk()
+    talk.post()
+    budget = talk.one(PlaceHold).ask.budgets[0]
+    talk.feed(HoldAnswered(refusal(budget, posted=0)))
+    assert ("retry-after", "5") in talk.one(Reply).headers
+    assert "x-should-retry" not in dict(talk.one(Reply).headers)
 
 
 def test_a_stream_that_is_answered_whole_is_not_passed_on_since_it_could_not_be_cut() -> None:

@@ -425,6 +425,16 @@ async def test_an_expired_hold_posts_its_checkpoint_and_is_an_orphan_until_forgo
     assert (await bench.ledger.extend("r", hold.windows, tokens(50), tokens(300))).gone
 
 
+async def test_an_expired_hold_is_remembered_longer_than_a_settled_one(bench: Bench) -> None:
+    """Its settlement may wait on a disk for days. Were the id forgotten, it would be posted next to the checkpoint."""
+    await bench.set_clock(NOON_MS)
+    await held(bench, "r", budget())
+    await bench.set_clock(NOON_MS + 60_000)
+    await bench.ledger.sweep()
+    remembered_ms = await bench.store.pttl(bench.key("hold:r"))
+    assert limits.SETTLED_RETENTION_S * 1_000 < remembered_ms <= limits.WINDOW_RETENTION_S * 1_000
+
+
 async def test_a_hold_that_nothing_extended_posts_its_first_checkpoint(bench: Bench) -> None:
     await bench.set_clock(NOON_MS)
     hold = await bench.ledger.hold(HoldAsk("r", (budget(),), tokens(100), tokens(1), used=Amount(7, 30)))

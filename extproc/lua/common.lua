@@ -112,7 +112,8 @@ local function expire_due(due, orphans, now)
       redis.call('HSET', orphans, key, used_nanousd .. ' ' .. used_tokens .. ' ' .. hold.note)
       redis.call('HSET', key, 'state', 'expired')
       redis.call('HDEL', key, 'nanousd', 'tokens', 'note', 'over')
-      redis.call('PEXPIRE', key, SETTLED_RETENTION_MS)
+      -- As long as a closed window: a settlement that waited on a disk must find which figure it takes the place of.
+      redis.call('PEXPIRE', key, WINDOW_RETENTION_MS)
     end
     redis.call('ZREM', due, key)
   end

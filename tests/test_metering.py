@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from random import Random
 from typing import Any
 
 import pytest
 
 from extproc.dialects.openai import OpenAIChat
 from extproc.errors import StreamTooLarge
-from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS
+from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MIB
 from extproc.metering import StreamMeter, count_texts, final_usage, starting_factor
 from extproc.records import Metered, Target, Usage, UsageSource
+from extproc.sse import SseParser
 from extproc.tokens import counter
 from tests.recordings import Case, chat_cases
 
@@ -273,6 +275,76 @@ def test_slices_add_a_token_or_two_each() -> None:
     long = "The quick brown fox jumps over the lazy dog. " * 2_000
     slices = -(-len(long) // COUNT_SLICE_CHARS)
     assert COUNT(long) <= count_texts([long], COUNT) <= COUNT(long) + 2 * slices
+
+
+class Counted:
+    """A counter, and how many characters it was given."""
+
+    def __init__(self, count: Callable[[str], int] = COUNT) -> None:
+        self.chars = 0
+        self._count = count
+
+    def __call__(self, text: str) -> int:
+        self.chars += len(text)
+        return self._count(text)
+
+
+def recorded_text(chars: int) -> str:
+    """Everything that recorded answers say, over and over."""
+    streams = [OpenAIChat().read_event(event.data or b"") for case in STREAMS for event in SseParser().feed(case.body)]
+    once = "".join(text for piece in streams for text in piece.texts)
+    return (once * (chars // len(once) + 1))[:chars]
+
+
+def exactly(text: str) -> int:
+    return count_texts([text], COUNT, max_chars=len(text))
+
+
+RECORDED = recorded_text(3 * MIB)
+DENSE = "".join(map(chr, Random(1).choices(range(0x4E00, 0x9FFF), k=MIB)))
+CHEAP = "The quick brown fox jumps over the lazy dog. " * (MIB // 45)
+BLANK = " " * COUNT_SLICE_CHARS
+
+LARGE: dict[str, str] = {
+    "recorded": RECORDED,
+    "just over the bound": RECORDED[: MAX_COUNT_CHARS + 1],
+    "cheap, then dense": CHEAP + DENSE,
+    "dense, then cheap": DENSE + CHEAP,
+    "a few dense pages": CHEAP + DENSE[: MIB // 8] + CHEAP,
+    "nothing at the beginning of each part": "".join(
+        BLANK + DENSE[i : i + 3 * COUNT_SLICE_CHARS] for i in range(0, MIB, 4 * COUNT_SLICE_CHARS)
+    ),
+}
+
+
+@pytest.mark.parametrize("text", LARGE.values(), ids=LARGE)
+def test_large_texts_are_estimated_from_a_part_of_them(text: str) -> None:
+    counted = Counted()
+    estimate = count_texts([text], counted)
+    assert counted.chars <= MAX_COUNT_CHARS
+    assert estimate == pytest.approx(exactly(text), rel=0.1)
+    assert count_texts([text], COUNT) == estimate
+
+
+def test_the_estimate_of_recorded_texts_is_hardly_below_their_count() -> None:
+    assert count_texts([RECORDED], COUNT) >= 0.95 * exactly(RECORDED)
+
+
+def test_the_bound_is_on_all_texts_together() -> None:
+    texts = [RECORDED[i : i + 100] for i in range(0, MIB, 100)]
+    counted = Counted()
+    estimate = count_texts(texts, counted)
+    assert counted.chars <= MAX_COUNT_CHARS
+    assert estimate == pytest.approx(sum(map(COUNT, texts)), rel=0.1)
+
+
+def test_up_to_the_bound_every_character_is_counted() -> None:
+    counted = Counted(len)
+    assert count_texts([RECORDED[:MAX_COUNT_CHARS]], counted) == counted.chars == MAX_COUNT_CHARS
+
+
+def test_halves_of_characters_are_estimated_too() -> None:
+    assert count_texts(["\ud83d" * 2 * MAX_COUNT_CHARS], len) == 2 * MAX_COUNT_CHARS
 
 
 # --- Recorded streams -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ ABANDONED_TOKENS_PER_S = 200  # faster than models write: bounds what was genera
 INLINE_COUNT_CHARS = 4_000  # about 0.5 ms of tiktoken; a longer prompt is counted in a thread
 COUNT_SLICE_CHARS = 4_096  # the longest text tiktoken is given at once: its regex and merges are super-linear
 MAX_COUNT_CHARS = 512 * KIB  # of one prompt; more is estimated from as much: 0.1 s of tiktoken, 0.3 at worst
+MAX_EVENT_COUNT_CHARS = 64 * KIB  # of one event of a stream, likewise: 10 ms, 40 at worst, in the event loop
 MAX_COUNTED_CHARS = 128 * KIB  # of an answer without usage: 15 ms of tiktoken, 130 where the text is no language
 MIN_FACTOR, MAX_FACTOR = 0.25, 4.0  # a learned factor outside this is a bug or an attack
 LEARN_MIN_TOKENS = 30  # shorter answers say little about a factor

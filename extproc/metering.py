@@ -12,7 +12,13 @@ from hashlib import blake2b, shake_128
 from math import ceil
 
 from extproc.dialects import Dialect
-from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MAX_EVENT_BYTES
+from extproc.limits import (
+    COUNT_SLICE_CHARS,
+    LEARN_MIN_TOKENS,
+    MAX_COUNT_CHARS,
+    MAX_EVENT_BYTES,
+    MAX_EVENT_COUNT_CHARS,
+)
 from extproc.records import Metered, Piece, Target, Usage, UsageSource
 from extproc.sse import SseEvent, SseParser
 
@@ -154,7 +160,7 @@ class StreamMeter:
         return Metered(event.raw, piece.usage_only and self._hide_usage, self.tokens)
 
     def _take(self, piece: Piece) -> None:
-        self.counted += count_texts(piece.texts, self._count)
+        self.counted += count_texts(piece.texts, self._count, MAX_EVENT_COUNT_CHARS)  # all streams wait for it
         self._started.update(piece.started)
         self._finished.update(piece.finished)
         self._done = self._done or piece.done

@@ -11,7 +11,7 @@ import pytest
 
 from extproc.dialects.openai import OpenAIChat
 from extproc.errors import StreamTooLarge
-from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MIB
+from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MAX_EVENT_COUNT_CHARS, MIB
 from extproc.metering import StreamMeter, count_texts, final_usage, starting_factor
 from extproc.records import Metered, Target, Usage, UsageSource
 from extproc.sse import SseParser
@@ -85,6 +85,14 @@ def test_an_event_that_is_too_large_raises() -> None:
     stream = meter(max_event_bytes=20)
     with pytest.raises(StreamTooLarge):
         stream.feed(event(text("a" * 20)))
+
+
+def test_a_large_event_is_estimated() -> None:
+    counted = Counted(len)
+    stream = StreamMeter(OpenAIChat(), counted, 1.0)
+    stream.feed(event(text("a" * 4 * MIB)))
+    assert counted.chars == MAX_EVENT_COUNT_CHARS
+    assert stream.counted == 4 * MIB
 
 
 # --- The usage chunk --------------------------------------------------------------------------------------------------

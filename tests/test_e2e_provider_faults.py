@@ -147,6 +147,25 @@ async def test_a_provider_that_never_begins(rig: Rig) -> None:
     assert (await rig.record(told.request_id)).outcome is Outcome.UPSTREAM_ERROR
 
 
+async def test_a_whole_answer_that_takes_too_long_is_not_free(rig: Rig) -> None:
+    who = caller("stall-whole")
+    rig.answer(Script(first_pause_s=30))
+    told = await rig.ask(who, stream=False, max_tokens=40)
+    assert told.status == 504
+    record = await rig.record(told.request_id)
+    assert record.outcome is Outcome.UPSTREAM_ERROR
+    assert record.completion_tokens == 40  # its cap: at 200 tokens a second it was written long before
+    assert await posted_tokens(rig, who) == record.prompt_tokens + 40
+
+
+async def test_a_provider_that_refuses_bills_nothing(rig: Rig) -> None:
+    who = caller("refused")
+    rig.answer(Script(status=503, headers=(("content-type", "application/json"),), chunks=(b"{}",), whole=True))
+    told = await rig.ask(who, stream=False, max_tokens=40)
+    assert told.status == 503
+    assert (await rig.record(told.request_id)).completion_tokens == 0
+
+
 async def test_a_provider_that_stops_in_the_middle(rig: Rig) -> None:
     who = caller("stall-middle")
     rig.answer(Script(chunks=ANSWER[:3], pause_s=PAUSE_S, fault="hang"))

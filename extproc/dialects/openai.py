@@ -57,6 +57,10 @@ _PART_FIELDS = frozenset(("type", "text", "refusal", "image_url", "input_audio",
 _OPTION_FIELDS = frozenset(("include_usage",))
 _FOLDED = {name.replace("_", ""): name for name in _CALL_FIELDS | _MESSAGE_FIELDS | _PART_FIELDS | _OPTION_FIELDS}
 
+_PLAIN_FIELDS = frozenset(
+    ("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "obfuscation")
+)
+
 _DONE = Piece(done=True)
 _NOTHING = Piece()
 
@@ -105,6 +109,8 @@ class OpenAIChat:
         event = _parse(data)
         if not isinstance(event, dict):
             return _DONE if data.strip() == b"[DONE]" else _NOTHING
+        if (plain := _plain_delta(event)) is not None:
+            return plain
         texts: list[str] = []
         started: list[int] = []
         finished: list[int] = []
@@ -152,6 +158,23 @@ class OpenAIChat:
     def render_error_event(self, error: TollgateError) -> bytes:
         """An event for which OpenAI's clients raise APIError in the middle of a stream."""
         return b"data: " + self.render_error(error) + b"\n\n"
+
+
+def _plain_delta(event: dict[str, Any]) -> Piece | None:
+    """Nearly every event of a stream: one choice, a piece of text, nothing else that counts. None for any other."""
+    choices = event.get("choices")
+    if type(choices) is not list or len(choices) != 1 or event.get("usage") or not _PLAIN_FIELDS.issuperset(event):
+        return None
+    choice = choices[0]
+    if type(choice) is not dict or choice.get("finish_reason") or choice.get("usage"):
+        return None
+    index, delta = choice.get("index"), choice.get("delta")
+    if type(index) is not int or type(delta) is not dict or len(delta) != 1:
+        return None
+    text = delta.get("content")
+    if type(text) is not str:
+        return None
+    return Piece((text,) if text else (), started=(index,), service_tier=_service_tier(event))
 
 
 # Requests: types and values -------------------------------------------------------------------------------------------

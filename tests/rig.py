@@ -258,9 +258,11 @@ class Rig:
 
             async def healthy() -> bool:
                 with suppress(httpx.HTTPError):
-                    # Envoy asks its processors in turn: as many as there are must say so, one after the other.
-                    asked = [await client.get(f"{self.url}/healthz") for _ in self.processors]
-                    return all(answer.status_code == 200 for answer in asked)
+                    # All processors that run, and not only the one that would be asked now.
+                    alive = sum(p.process is not None and p.process.returncode is None for p in self.processors)
+                    members = await self.admin("/stats?filter=cluster.extproc.membership_healthy")
+                    asked = [await client.get(f"{self.url}/healthz") for _ in range(alive)]
+                    return members.strip().endswith(f": {alive}") and all(a.status_code == 200 for a in asked)
                 return False
 
             await eventually(healthy, "the gateway to be ready")

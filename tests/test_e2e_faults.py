@@ -136,7 +136,8 @@ async def row_of(rig: Rig, who: str) -> UsageRecord:
 
 
 async def posted_tokens(rig: Rig, who: str) -> int:
-    return (await rig.settled())[f"service/{who}/total/tokens"].posted
+    balance = (await rig.settled()).get(f"service/{who}/total/tokens")
+    return balance.posted if balance is not None else 0  # a budget of which nothing was used may be forgotten
 
 
 def said(told: Told) -> int:

@@ -185,7 +185,8 @@ async def test_a_hold_that_is_not_answered_in_time_is_refused_and_given_back(rig
     assert len(rig.played) == asked
     proxy.heal()
     assert (await rig.record(told.request_id)).outcome is Outcome.REFUSED
-    assert (await rig.settled())[f"service/{who}/total/tokens"].posted == 0
+    balance = (await rig.settled()).get(f"service/{who}/total/tokens")
+    assert balance is None or balance.posted == 0
 
 
 async def test_a_slow_valkey_is_asked_ahead_of_need(rig: Rig, proxy: FaultProxy) -> None:

@@ -405,6 +405,52 @@ async def test_a_settlement_of_a_window_long_over_leaves_nothing_behind(bench: B
     assert await bench.keys() == {bench.key("hold:late")}
 
 
+@pytest.mark.parametrize("window", [Window.DAY, Window.TOTAL])
+async def test_a_request_that_came_to_nothing_leaves_only_its_marker(bench: Bench, window: Window) -> None:
+    hold = await held(bench, "r", budget("a", window=window), budget("b", window=window, unit=Unit.NANOUSD))
+    await bench.ledger.extend("r", hold.windows, tokens(0), Amount(50, 200))
+    await bench.ledger.settle(Settlement("r", hold.windows, NOTHING))
+    await bench.ledger.settle(Settlement("never held", hold.windows, NOTHING))
+    assert await bench.keys() == {bench.key("hold:r"), bench.key("hold:never held")}
+    assert await bench.ledger.balances() == ()
+
+
+@pytest.mark.parametrize("actual", [0, 40], ids=["nothing", "something"])
+async def test_an_expired_hold_without_a_checkpoint_leaves_no_window_and_can_be_settled(
+    bench: Bench, actual: int
+) -> None:
+    await bench.set_clock(NOON_MS)
+    hold = await held(bench, "r", budget())
+    await bench.set_clock(NOON_MS + 60_000)
+    await bench.ledger.sweep()
+    await bench.ledger.forget(["r"])
+    assert await bench.keys() == {bench.key("hold:r"), bench.key("test-clock")}
+    await bench.ledger.settle(Settlement("r", hold.windows, tokens(actual)))
+    assert await bench.figures(hold.windows[0]) == (actual, 0)
+    assert [balance.posted for balance in await bench.ledger.balances()] == [actual] * bool(actual)
+
+
+async def test_a_checkpoint_that_a_late_settlement_takes_back_leaves_no_window(bench: Bench) -> None:
+    await bench.set_clock(NOON_MS)
+    hold = await held(bench, "r", budget())
+    await bench.ledger.extend("r", hold.windows, tokens(30), tokens(130))
+    await bench.set_clock(NOON_MS + 60_000)
+    await bench.ledger.sweep()
+    await bench.ledger.settle(Settlement("r", hold.windows, NOTHING))
+    assert await bench.keys() == {bench.key("hold:r"), bench.key("test-clock")}
+
+
+async def test_a_hold_of_nothing_keeps_its_window_when_another_leaves_it(bench: Bench) -> None:
+    small = await held(bench, "small", budget(), want=0)
+    other = await held(bench, "other", budget())
+    await bench.ledger.settle(Settlement("other", other.windows, NOTHING))
+    assert (await bench.ledger.hold(ask("small", budget()))) == small
+    await bench.ledger.extend("small", small.windows, NOTHING, tokens(50))
+    assert await bench.figures(small.windows[0]) == (0, 50)
+    await bench.ledger.settle(Settlement("small", small.windows, tokens(60)))
+    assert await bench.figures(small.windows[0]) == (60, 0)
+
+
 # Expiry ---------------------------------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,7 @@ class LedgerMachine(RuleBasedStateMachine):
             (window.budget, window.end_ms): (self.model.posted.get(window, 0), self.model.pending(window))
             for request in self.model.requests.values()
             for window in request.windows
+            if request.state == "open" or self.model.posted.get(window, 0)
         }
         assert found == expected
 

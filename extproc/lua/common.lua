@@ -3,7 +3,8 @@
 -- Every key begins with one hash tag, so that Redis Cluster keeps them in one slot:
 --   {ns}:hold:<request id>      hash    a request: state open | expired | settled; while open what it holds, per unit,
 --                                       what it used at its last checkpoint, its note, and its windows
---   {ns}:window:<budget>:<start> hash   a budget's window: posted, pending, and `window`, its description in JSON
+--   {ns}:window:<budget>:<start> hash   a budget's window: posted, pending, how many holds are `open` in it, and
+--                                       `window`, its description in JSON; gone when all three are zero
 --   {ns}:due                    zset    open holds by the time they expire
 --   {ns}:windows                zset    windows' keys by the time that Redis forgets them
 --   {ns}:orphans                hash    expired holds that no usage record was written for yet
@@ -85,12 +86,13 @@ local function read_hold(key)
 end
 
 -- Adds to every window that the hold is in. A window deleted by hand stays deleted: a part of it would be wrong.
-local function post(hold, posted, pending)
+local function post(hold, posted, pending, open)
   for _, window in ipairs(cjson.decode(hold.windows)) do
     local key, unit = window[1], window[2]
     if redis.call('EXISTS', key) == 1 then
       add(key, 'posted', posted[unit])
       add(key, 'pending', pending[unit])
+      add(key, 'open', open)
     end
   end
 end
@@ -99,15 +101,29 @@ local function negative(amount)
   return { nanousd = -amount.nanousd, tokens = -amount.tokens }
 end
 
+-- Drops the hold's windows in which nothing is posted or held: whoever only causes refusals and failures must not fill
+-- Redis. An open hold keeps its windows, even where it holds nothing in them.
+local function drop_empty(hold, index)
+  for _, window in ipairs(cjson.decode(hold.windows)) do
+    local key = window[1]
+    local stored = redis.call('HMGET', key, 'posted', 'pending', 'open')
+    if tonumber(stored[1] or 0) == 0 and tonumber(stored[2] or 0) == 0 and tonumber(stored[3] or 0) == 0 then
+      redis.call('DEL', key)
+      redis.call('ZREM', index, key)
+    end
+  end
+end
+
 -- Expires up to SWEEP_BATCH holds that are due: posts their last checkpoint, releases the rest, and leaves an orphan.
 -- Returns how many were due.
-local function expire_due(due, orphans, now)
+local function expire_due(due, orphans, index, now)
   local keys = redis.call('ZRANGEBYSCORE', due, '-inf', text_of(now), 'LIMIT', 0, SWEEP_BATCH)
   for _, key in ipairs(keys) do
     local hold = read_hold(key)
     if hold.state == 'open' then
       local used = hold.used
-      post(hold, used, negative(hold.held))
+      post(hold, used, negative(hold.held), -1)
+      drop_empty(hold, index)
       local used_nanousd, used_tokens = text_of(used.nanousd), text_of(used.tokens)
       redis.call('HSET', orphans, key, used_nanousd .. ' ' .. used_tokens .. ' ' .. hold.note)
       redis.call('HSET', key, 'state', 'expired')

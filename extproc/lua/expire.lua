@@ -8,4 +8,4 @@
 
 local now = now_ms()
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', text_of(now))
-return expire_due(KEYS[1], KEYS[2], now)
+return expire_due(KEYS[1], KEYS[2], KEYS[3], now)

@@ -46,7 +46,7 @@ for _, unit in ipairs(UNITS) do
   end
 end
 
-post(hold, { nanousd = 0, tokens = 0 }, more)
+post(hold, { nanousd = 0, tokens = 0 }, more, 0)
 for _, unit in ipairs(UNITS) do
   add(key, unit, more[unit])
   if used[unit] > hold.used[unit] then

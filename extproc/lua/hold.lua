@@ -38,7 +38,7 @@ for _, window in ipairs(windows) do
 end
 
 -- A dead processor's holds must not refuse a live caller.
-expire_due(due, orphans, now)
+expire_due(due, orphans, index, now)
 
 local over = {}
 for i, window in ipairs(windows) do
@@ -57,6 +57,7 @@ end
 local places = {}
 for i, window in ipairs(windows) do
   add(window.key, 'pending', wanted[window.unit])
+  add(window.key, 'open', 1)
   describe(index, window)
   places[i] = { window.key, window.unit }
 end

@@ -18,14 +18,24 @@ local hold = read_hold(key)
 if hold.state == 'settled' then
   return 0
 elseif hold.state == 'open' then
-  post(hold, actual, negative(hold.held))
+  post(hold, actual, negative(hold.held), -1)
+  drop_empty(hold, index)
 elseif hold.state == 'expired' then
   local difference = { nanousd = actual.nanousd - hold.used.nanousd, tokens = actual.tokens - hold.used.tokens }
-  post(hold, difference, { nanousd = 0, tokens = 0 })
+  -- Where the checkpoint was nothing, its window may have been dropped as empty.
+  for _, window in ipairs(windows) do
+    if hold.used[window.unit] == 0 and actual[window.unit] > 0 then
+      describe(index, window)
+    end
+  end
+  post(hold, difference, { nanousd = 0, tokens = 0 }, 0)
+  drop_empty(hold, index)
 else
   for _, window in ipairs(windows) do
-    add(window.key, 'posted', actual[window.unit])
-    describe(index, window)
+    if actual[window.unit] > 0 then
+      add(window.key, 'posted', actual[window.unit])
+      describe(index, window)
+    end
   end
 end
 

@@ -30,6 +30,7 @@ SEGMENTS = "usage-*.jsonl"
 _SYNC_INTERVAL_S = 0.1
 _GATHER_S = 0.01  # between two writes: under load one write, and one turn of the writer's thread, serves many records
 _RETRY_S = 0.5  # how long a disk that refused a write is left alone
+_REFUSALS_SHARE = 2  # they may fill one part in this many; the rest is for requests that cost something
 _SEGMENTS_PER_JOURNAL = 16  # a shipped segment is deleted whole: small parts keep the measured size near the unshipped
 
 _log = logging.getLogger(__name__)
@@ -97,15 +98,20 @@ class Journal:
     @property
     def full(self) -> bool:
         """Whether new requests must be refused: nothing more of what they cost could be kept."""
-        return self._refused or self._stored > self._max_bytes or self._queue.qsize() >= MAX_JOURNAL_QUEUE
+        return self._holds_over(1)
+
+    def _holds_over(self, share: int) -> bool:
+        queued = self._queue.qsize() >= MAX_JOURNAL_QUEUE // share
+        return self._refused or self._stored > self._max_bytes // share or queued
 
     def append(self, record: UsageRecord) -> None:
         """Hand a record to the writer; never waits.
 
-        Of a full journal, only refusals are left out: they cost nothing, and there is no end to them. What an admitted
-        request cost is always taken, and no new ones are admitted meanwhile.
+        What an admitted request cost is always taken; while the journal is full, no new ones are admitted. Refusals are
+        left out from half of `max_bytes` on: they cost nothing, and whoever has no token can cause them without end,
+        which must not fill the journal and so refuse everyone.
         """
-        if record.outcome is Outcome.REFUSED and self.full:
+        if record.outcome is Outcome.REFUSED and self._holds_over(_REFUSALS_SHARE):
             return
         self._queue.put(encode(UsageRow(record)))
 

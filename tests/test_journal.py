@@ -213,6 +213,26 @@ class TestFull:
             journal.append_orphan(usage_record("orphan"))
         assert [row.record.request_id for row in stored(tmp_path)] == ["kept", "spent", "orphan"]
 
+    def test_refusals_leave_the_other_half_to_admitted_requests(self, tmp_path: Path) -> None:
+        refused = usage_record("refused", outcome=Outcome.REFUSED, cost_nanousd=0)
+        appended = 0
+        with opened(tmp_path, max_bytes=64 * KIB) as journal:
+
+            def half_full() -> bool:
+                nonlocal appended
+                appended += 1
+                journal.append(refused)
+                return journal._stored > 32 * KIB
+
+            wait_until(half_full)
+            for _ in range(200):
+                journal.append(refused)
+            journal.append(usage_record("admitted"))
+            assert not journal.full
+        ids = [row.record.request_id for row in stored(tmp_path)]
+        assert ids.count("admitted") == 1
+        assert ids.count("refused") <= appended
+
     def test_while_the_disk_refuses_and_loses_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(journal_module, "_RETRY_S", 0.01)
         real_write = os.write

@@ -63,9 +63,9 @@ class KeysRefreshed:
 
 @dataclass(frozen=True, slots=True)
 class PromptCounted:
-    """A long prompt was counted outside the event loop."""
+    """A long prompt was counted outside the event loop; None where too many were waiting for it."""
 
-    tokens: int
+    tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,6 +275,8 @@ class Exchange:
         return self._place_hold(count_texts(texts, self._counter()))
 
     def _on_prompt_counted(self, event: PromptCounted) -> list[Command]:
+        if event.tokens is None:
+            raise Unavailable("The gateway is busy with too many long prompts.")
         return self._place_hold(event.tokens)
 
     def _place_hold(self, prompt_text_tokens: int) -> list[Command]:

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import uvloop
 
 from extproc import tokens
+from extproc.counting import PromptCounter
 from extproc.dialects import DIALECTS
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
@@ -24,7 +24,7 @@ from extproc.journal import Journal
 from extproc.keys import KeyStore
 from extproc.ledger import Ledger
 from extproc.limits import MIB
-from extproc.metering import count_texts, starting_factor
+from extproc.metering import starting_factor
 from extproc.policy import parse_policy
 from extproc.policy_file import PolicyFile
 from extproc.pricing import PriceBook
@@ -59,7 +59,6 @@ class Processor:
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsInvalid, PolicyInvalid or OSError where it cannot start."""
         self._settings = settings
-        self._loop = asyncio.get_running_loop()
         self._draining = False
         self._factors: dict[str, float] = {}
         self._ledger_lacks: str | None = "Redis was not reached yet"
@@ -82,7 +81,7 @@ class Processor:
         )
         self._settler = Settler(self._ledger, SettlementLog(settings.state_dir / "settlements", clock=_wall_ms))
         self._sweeper = Sweeper(self._ledger, self._journal.append_orphan, settings.hold_ttl_ms / 4000)
-        self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="count")
+        self._counting = PromptCounter(settings.admission_timeout_ms / 1000)
         self._targets = Targets(settings.base_urls, self._secrets.key)
         self._services = Services(
             ledger=self._ledger,
@@ -90,7 +89,7 @@ class Processor:
             learn=self._learn,
             write=self._journal.append,
             refresh_keys=lambda issuer: asyncio.ensure_future(self._keys.refresh(issuer)),
-            count=self._count,
+            count=self._counting.count,
         )
         self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
         self._use(self._policy_file.policy)
@@ -180,9 +179,6 @@ class Processor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _count(self, texts: tuple[str, ...], encoding: str) -> asyncio.Future[int]:
-        return self._loop.run_in_executor(self._counting, count_texts, texts, tokens.counter(encoding))
-
     async def _watch(self) -> None:
         while True:
             try:
@@ -211,7 +207,7 @@ class Processor:
         await self._ledger.close()
         await self._keys.close()
         await self._secrets.close()
-        self._counting.shutdown()
+        self._counting.close()
         self._journal.close()
 
 

@@ -68,7 +68,7 @@ class Services:
     learn: Callable[[Target, int, int], None]
     write: Callable[[UsageRecord], None]
     refresh_keys: Callable[[str], asyncio.Future[None]]
-    count: Callable[[tuple[str, ...], str], asyncio.Future[int]]
+    count: Callable[[tuple[str, ...], str], asyncio.Future[int | None]]
 
 
 class Session:

@@ -344,6 +344,13 @@ def test_a_large_prompt_is_counted_outside() -> None:
     assert talk.one(PlaceHold).ask.used == Amount(1_007 * INPUT_NANOUSD, 1_007)
 
 
+def test_a_large_prompt_that_cannot_be_counted_is_refused() -> None:
+    talk = at(State.COUNTING)
+    assert kinds(talk.feed(PromptCounted(None))) == [Reply, WriteRecord]
+    assert talk.one(Reply).status == talk.record.status == 503
+    assert talk.all(PlaceHold) == []
+
+
 def test_a_prompt_up_to_the_bound_is_counted_at_once() -> None:
     talk = Talk()
     talk.post(messages=[{"role": "user", "content": "x" * (limits.INLINE_COUNT_CHARS - len("user"))}])

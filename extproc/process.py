@@ -34,7 +34,11 @@ class Child:
             )
         try:
             watchdog = await asyncio.create_subprocess_exec(
-                *_WATCHDOG, str(process.pid), stdin=asyncio.subprocess.PIPE, start_new_session=True
+                *_WATCHDOG,
+                str(process.pid),
+                env=dict(env),  # not the parent's, which may hold more than the child may know
+                stdin=asyncio.subprocess.PIPE,
+                start_new_session=True,
             )
         except BaseException:  # a cancellation too: nobody else knows of the process yet
             process.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -91,6 +91,12 @@ class SecretStore:
         self._replaced: dict[str, str] = {}
         self._values = _told_from_text(self._keys.values())
         self._background: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, directory: Path | None, env: Mapping[str, str], providers: Collection[str]) -> SecretStore:
+        """From the files in `directory`, if there is one, and the environment. Raises SettingsInvalid."""
+        files = () if directory is None else (FileSource(directory, providers),)
+        return cls([*files, EnvironmentSource(env, providers)])
 
     def __repr__(self) -> str:
         return f"SecretStore({', '.join(sorted(self._keys))})"

@@ -14,7 +14,7 @@ import uvloop
 
 from extproc import tokens
 from extproc.counting import PromptCounter
-from extproc.dialects import DIALECTS
+from extproc.dialects import DIALECTS, SPOKEN
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
 from extproc.gate import Clock, Gate
@@ -30,7 +30,7 @@ from extproc.policy_file import PolicyFile
 from extproc.pricing import PriceBook
 from extproc.records import IdentityRules, Policy, Target
 from extproc.redaction import Redactor
-from extproc.secrets import EnvironmentSource, FileSource, SecretStore, Source
+from extproc.secrets import SecretStore
 from extproc.session import Services, Session
 from extproc.settings import PROVIDER_BASE_URLS, Settings
 from extproc.settlements import SettlementLog
@@ -42,7 +42,6 @@ from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
 
 _WATCH_S = 1.0  # how often Redis and the learned factors are looked at
-_SPOKEN = frozenset({"openai"})  # providers whose own dialect is in DIALECTS
 
 _TRANSPORTS: dict[str, type[GrpcServer] | type[WireServer]] = {"grpc": GrpcServer, "wire": WireServer}
 
@@ -64,10 +63,7 @@ class Processor:
         self._ledger_lacks: str | None = "Redis was not reached yet"
         self._tasks: set[asyncio.Task[None]] = set()
 
-        sources: list[Source] = [EnvironmentSource(os.environ, PROVIDER_BASE_URLS)]
-        if settings.secrets_dir is not None:
-            sources.insert(0, FileSource(settings.secrets_dir, PROVIDER_BASE_URLS))
-        self._secrets = SecretStore(sources)
+        self._secrets = SecretStore.of(settings.secrets_dir, os.environ, PROVIDER_BASE_URLS)
         self._redactor = Redactor(self._secrets.values)
         self._keys = KeyStore(settings.issuer_keys, settings.keys_max_stale_s)
         self._ledger = Ledger(
@@ -155,7 +151,7 @@ class Processor:
         return dataclasses.replace(rules, issuers=rules.issuers + own)
 
     def _providers(self) -> frozenset[str]:
-        return frozenset(name for name in _SPOKEN if self._secrets.key(name) is not None)
+        return frozenset(name for name in SPOKEN if self._secrets.key(name) is not None)
 
     def _open(self, role: str, send: Send, end: End) -> Session | None:
         if role == "gate":

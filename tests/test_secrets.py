@@ -153,3 +153,11 @@ def test_a_placeholder_is_a_key_but_no_secret(placeholder: str) -> None:
     store = SecretStore([environment(OPENAI_API_KEY=placeholder, GEMINI_API_KEY=CANARY)])
     assert store.key("openai") == placeholder
     assert store.values() == (CANARY,)
+
+
+def test_a_file_wins_over_the_environment(tmp_path: Path) -> None:
+    env = {"OPENAI_API_KEY": "sk-environment", "GEMINI_API_KEY": "sk-gemini"}
+    (tmp_path / "OPENAI_API_KEY").write_text(CANARY)
+    with_files, without = (SecretStore.of(directory, env, PROVIDERS) for directory in (tmp_path, None))
+    assert (with_files.key("openai"), with_files.key("gemini")) == (CANARY, "sk-gemini")
+    assert (without.key("openai"), without.key("gemini")) == ("sk-environment", "sk-gemini")

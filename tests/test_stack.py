@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import openai
 import pytest
+import yaml
 from openai.types.chat import ChatCompletionUserMessageParam
 
+from extproc.limits import MAX_WORKERS
 from extproc.local.valkey import LocalValkey, free_port
 
 COMMAND = (sys.executable, "-m", "extproc")
@@ -256,9 +259,14 @@ def test_a_taken_port_is_said_in_one_line(up: Stack, tmp_path: Path) -> None:
         ({"PORT": "http"}, "PORT must be a port number, not 'http'"),
         ({"OPENAI_BASE_URL": "ftp://x"}, "OPENAI_BASE_URL must be a plain http:// or https:// URL"),
         ({"REDIS_URL": "localhost"}, "REDIS_URL must begin with"),
+        ({"REDIS_URL": "redis://localhost:none"}, "REDIS_URL must have"),
         ({"TOLLGATE_POLICY": "/nowhere/policy.yaml"}, "/nowhere/policy.yaml"),
+        ({"TOLLGATE_WORKERS": "abc"}, f"TOLLGATE_WORKERS must be a whole number from 1 to {MAX_WORKERS}"),
+        ({"TOLLGATE_WORKERS": "0"}, "TOLLGATE_WORKERS must be"),
+        ({"TOLLGATE_NAMESPACE": "{a}"}, "TOLLGATE_NAMESPACE must not have"),
+        ({"TOLLGATE_SECRETS_DIR": "/nowhere"}, "TOLLGATE_SECRETS_DIR is not a directory"),
     ],
-    ids=["port", "base URL", "Redis", "policy"],
+    ids=["port", "base URL", "Redis", "Redis's port", "policy", "workers", "no workers", "namespace", "secrets"],
 )
 def test_a_wrong_setting_is_said_in_one_line(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "TOLLGATE_STATE_DIR": str(tmp_path), "PORT": str(free_port()), **environment}
@@ -326,6 +334,8 @@ def test_a_provider_and_a_redis_of_ones_own(up: Stack) -> None:
             LocalValkey(directory / "v") as valkey,
             stack(OPENAI_BASE_URL=f"{up.url}/v1", OPENAI_API_KEY=up.token, REDIS_URL=valkey.url) as one,
         ):
+            assert _of_whom(one, up.token) == {"extproc serve"}
+            assert stat.S_IMODE((one.state_dir / "stack.env").stat().st_mode) == 0o600
             assert "starting valkey" not in one.said
             assert "scripted provider" not in one.said
             assert not (one.state_dir / "valkey").exists()
@@ -343,3 +353,41 @@ def test_a_provider_and_a_redis_of_ones_own(up: Stack) -> None:
             assert any(_answers(path) for path in (directory / "v").glob("*.sock"))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _of_whom(one: Stack, key: str) -> set[str]:
+    """The children that have a provider's key in their environment, or whose watchdogs have."""
+    found = set()
+    for pid in one.children:
+        if key.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            command = _command(pid)
+            found.add(" ".join((_command(int(command[-1])) if command[0] == "/bin/sh" else command)[2:4]))
+    return found
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+
+
+POLICY_OF_ONES_OWN = """
+identity: {audiences: [a], issuers: [https://accounts.google.com], allow: ["*"]}
+models: {mini: {targets: [openai/gpt-4o-mini]}}
+"""
+
+
+def test_a_key_in_a_file_and_a_policy_of_ones_own(tmp_path: Path) -> None:
+    """With a key there is no scripted provider. What is printed names a caller and a model that the policy lets in."""
+    (tmp_path / "policy.yaml").write_text(POLICY_OF_ONES_OWN)
+    (tmp_path / "OPENAI_API_KEY").write_text("sk-canary-0123456789")
+    (tmp_path / "GEMINI_API_KEY").write_text("sk-canary-of-gemini")
+    with stack(TOLLGATE_SECRETS_DIR=str(tmp_path), TOLLGATE_POLICY=str(tmp_path / "policy.yaml")) as one:
+        assert "scripted provider" not in one.said
+        config = yaml.safe_load((one.state_dir / "envoy.yaml").read_text())
+        (openai_,) = (c for c in config["static_resources"]["clusters"] if c["name"] == "openai")
+        endpoint = openai_["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+        assert endpoint["address"]["socket_address"] == {"address": "api.openai.com", "port_value": 443}
+        assert "for dev@example.com" in one.said
+        assert '"model": "mini"' in one.said
+        with pytest.raises(openai.BadRequestError) as raised:
+            one.client().chat.completions.create(model="gpt-4o", messages=[QUESTION])
+        assert raised.value.code == "model_not_found", "the caller was let in"

@@ -35,3 +35,5 @@ class Dialect(Protocol):
 
 # By exact path: what is not here is not served.
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({"/v1/chat/completions": OpenAIChat()})
+
+SPOKEN = frozenset({"openai"})  # the providers that are called in one of them

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,8 +21,10 @@ from typing import Any
 
 import requests
 
+from extproc.dialects import SPOKEN
 from extproc.errors import PolicyInvalid
-from extproc.limits import MAX_UNIX_PATH_BYTES
+from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_UNIX_PATH_BYTES, MAX_WORKERS
+from extproc.local import example
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.provider import ScriptedProvider
@@ -29,11 +32,14 @@ from extproc.local.replay import choose
 from extproc.local.valkey import LocalValkey, ValkeyFailed, free_port
 from extproc.policy import parse_policy
 from extproc.process import Child
-from extproc.settings import Settings, SettingsInvalid
+from extproc.secrets import SecretStore, variable_of
+from extproc.settings import PROVIDER_BASE_URLS, Settings, SettingsInvalid
 from extproc.workers import cpus, default_workers, worker_socket
 
 DEFAULT_PORT = 8080
 ENV_FILE = "stack.env"
+
+_KEYS = frozenset(map(variable_of, PROVIDER_BASE_URLS))  # which only the processor needs
 
 _READY_TIMEOUT_S = 60.0
 _ENVOY_GRACE_S = 2.0
@@ -62,6 +68,7 @@ class _Stack:
         self._settings = Settings.from_environment(env)
         self._state_dir = self._settings.state_dir.resolve()
         self._port = _port(env.get("PORT") or str(DEFAULT_PORT))
+        self._workers = _workers(env.get("TOLLGATE_WORKERS") or str(default_workers()))
         self._children: list[Child] = []
 
     async def run(self) -> None:
@@ -92,20 +99,22 @@ class _Stack:
             "TOLLGATE_USAGE_DB": str(self._settings.usage_db_path.resolve()),
             "TOLLGATE_HEALTH_PORT": str(free_port()),
             "TOLLGATE_SOCKET": str(self._socket_path(parts)),
-            "TOLLGATE_WORKERS": self._env.get("TOLLGATE_WORKERS") or str(default_workers()),
+            "TOLLGATE_WORKERS": str(self._workers),
         }
         env |= await self._issuer(parts)
         env |= self._redis(parts)
         env |= await self._provider(parts)
-        self._write_env_file(env, parts)
-        await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), env, 5.0)
+        self._write_env_file(env)
+        without_keys = {name: value for name, value in env.items() if name not in _KEYS}
+        await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), without_keys, 5.0)
         processor = (sys.executable, "-m", "extproc", "serve")
         await self._run_child(parts, "processor", processor, env, _PROCESSOR_GRACE_S)
-        await self._run_envoy(parts, env)
+        await self._run_envoy(parts, without_keys)
         await self._await_ready()
-        email = policy.identity.allow[0].replace("*", "dev")
-        token = DevIssuer.open(self._state_dir).mint(email, policy.identity.audiences[0], 24 * 3600, time.time())
-        _announce(self._port, email, token)
+        email = example.caller(policy)
+        audience = policy.identity.audiences[0]
+        token = DevIssuer.open(self._state_dir).mint(email, audience, MAX_TOKEN_LIFETIME_S, time.time())
+        _announce(self._port, email, token, example.model(policy, SPOKEN))
 
     def _policy_path(self) -> Path:
         """The named policy, else a copy of the default one, which may be changed while the stack runs."""
@@ -142,9 +151,10 @@ class _Stack:
 
     async def _provider(self, parts: AsyncExitStack) -> dict[str, str]:
         """Where OpenAI's calls go: to OpenAI, to OPENAI_BASE_URL, or to the scripted provider."""
+        key = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDER_BASE_URLS).key("openai")
         if self._env.get("OPENAI_BASE_URL"):
-            return {} if self._env.get("OPENAI_API_KEY") else {"OPENAI_API_KEY": "none"}
-        if self._env.get("OPENAI_API_KEY"):
+            return {} if key else {"OPENAI_API_KEY": "none"}
+        if key:
             return {}
         _say("starting a scripted provider, since there is no OPENAI_API_KEY: it replays recorded answers")
         provider = ScriptedProvider(choose)
@@ -152,29 +162,30 @@ class _Stack:
         parts.push_async_callback(provider.close)
         return {"OPENAI_BASE_URL": f"http://127.0.0.1:{provider.port}/v1", "OPENAI_API_KEY": "scripted"}
 
-    def _write_env_file(self, env: Mapping[str, str], parts: AsyncExitStack) -> None:
-        """For `tollgate usage` and the others, so that they find this stack."""
+    def _write_env_file(self, env: Mapping[str, str]) -> None:
+        """For `tollgate usage` and the others, so that they find this stack. REDIS_URL may hold a password."""
         names = ("REDIS_URL", "TOLLGATE_POLICY", "TOLLGATE_STATE_DIR", "TOLLGATE_USAGE_DB", "TOLLGATE_NAMESPACE")
         path = self._state_dir / ENV_FILE
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # also one that was there before
         path.write_text("".join(f"{name}={env[name]}\n" for name in names if name in env))
 
     async def _run_envoy(self, parts: AsyncExitStack, env: Mapping[str, str]) -> None:
         config = self._state_dir / "envoy.yaml"
-        workers = int(env["TOLLGATE_WORKERS"])
         base_urls = Settings.from_environment(env).base_urls
         config.write_text(
             render(
                 Places(
                     port=self._port,
                     admin_port=free_port(),
-                    sockets=[worker_socket(Path(env["TOLLGATE_SOCKET"]), number) for number in range(workers)],
+                    sockets=[worker_socket(Path(env["TOLLGATE_SOCKET"]), number) for number in range(self._workers)],
                     base_urls=base_urls,
                 )
             )
         )
         command = (
             *(envoy_binary(), "--config-path", str(config), "--log-level", "warn"),
-            *("--concurrency", str(max(1, cpus() - workers)), "--use-dynamic-base-id"),
+            *("--concurrency", str(max(1, cpus() - self._workers)), "--use-dynamic-base-id"),
         )
         await self._run_child(parts, "envoy", command, env, _ENVOY_GRACE_S)
 
@@ -226,6 +237,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _workers(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WORKERS:
+        raise StackFailed(f"TOLLGATE_WORKERS must be a whole number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
 def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -268,9 +285,9 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _announce(port: int, email: str, token: str) -> None:
+def _announce(port: int, email: str, token: str, model: str) -> None:
     url = f"http://127.0.0.1:{port}"
-    body = json.dumps({"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
     _say(f"ready {url}")
     _say(f"\na token of the development issuer, for {email}, good for a day:\n\n{token}\n")
     _say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from difflib import get_close_matches
@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from extproc.errors import PolicyInvalid
 from extproc.limits import (
+    MAX_BUDGETS_PER_REQUEST,
     MAX_MODEL_NAME_CHARS,
     MAX_NANOUSD,
     MAX_POLICY_BYTES,
@@ -175,6 +176,27 @@ def parse_policy(text: str) -> Policy:
     if source.problems or policy is None:
         raise PolicyInvalid(tuple(message for _, message in sorted(source.problems, key=lambda problem: problem[0])))
     return policy
+
+
+def doubts(text: str, spoken: Collection[str]) -> tuple[str, ...]:
+    """What a policy that can be used will refuse its callers, in the form of `parse_policy`, which raises for others.
+
+    `spoken` are the providers that this gateway calls.
+    """
+    source, policy = _read_yaml(text), parse_policy(text)
+    for rule in policy.models:
+        if not any(target.provider in spoken for target in rule.targets):
+            names = ", ".join(sorted({target.provider for target in rule.targets}))
+            source.report(("models", rule.pattern), f"cannot be called: this gateway does not speak to {names}")
+    groups: set[tuple[Scope, Window, Unit, Mode]] = set()
+    for index, budget in enumerate(policy.budgets):
+        group = (budget.scope, budget.window, budget.unit, budget.mode)
+        if group not in groups and len(groups) == MAX_BUDGETS_PER_REQUEST:
+            message = f"is one too many: a request that is under more than {MAX_BUDGETS_PER_REQUEST} budgets is refused"
+            source.report(("budgets", index), message)
+            break
+        groups.add(group)
+    return tuple(message for _, message in sorted(source.problems))
 
 
 def _check_budgets(budgets: tuple[BudgetRule, ...], report: Callable[[_Path, str], None]) -> None:

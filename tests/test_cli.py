@@ -273,6 +273,14 @@ class TestCheck:
         assert len(lines) == 2
         assert all(line.startswith("other.yaml:9: budgets[0]") for line in lines)
 
+    def test_names_what_would_be_refused(self, directory: Path) -> None:
+        (directory / "other.yaml").write_text(POLICY.replace('"*": {', 'claude: {targets: [anthropic/x]}\n  "*": {'))
+        result = tollgate("check", "other.yaml")
+        assert result.exit_code == 1
+        assert result.stdout == (
+            "other.yaml:7: models.claude: cannot be called: this gateway does not speak to anthropic\n"
+        )
+
     def test_of_no_file(self) -> None:
         result = tollgate("check", "none.yaml")
         assert result.exit_code == 1

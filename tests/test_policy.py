@@ -9,7 +9,7 @@ import pytest
 
 from extproc import limits
 from extproc.errors import PolicyInvalid
-from extproc.policy import most_specific, parse_policy
+from extproc.policy import doubts, most_specific, parse_policy
 from extproc.records import (
     BudgetRule,
     IdentityRules,
@@ -349,3 +349,21 @@ def test_a_change_of_any_byte_is_another_version() -> None:
 def test_most_specific(patterns: list[str], names: list[str], expected: str | None) -> None:
     found = most_specific([ModelRule(pattern, ()) for pattern in patterns], *names)
     assert (found.pattern if found else None) == expected
+
+
+def test_doubts_are_models_that_nobody_speaks_for_and_budgets_beyond_the_bound() -> None:
+    models = "models:\n  both: {targets: [gemini/g, openai/o]}\n  other: {targets: [gemini/g, anthropic/*]}\n"
+    rows = [
+        f"  - {{scope: {scope}, id: x, window: {window}, limit_tokens: 1}}\n"
+        for scope in ("service", "user", "team", "model")
+        for window in Window
+    ]
+    text = IDENTITY + models + "budgets:\n" + "".join(rows[: limits.MAX_BUDGETS_PER_REQUEST])
+    assert doubts(text, {"openai", "gemini"}) == doubts(LEAST, {"openai"}) == ()
+    same_kinds = "".join(row.replace("id: x", "id: y") for row in rows[: limits.MAX_BUDGETS_PER_REQUEST])
+    model = "line 4: models.other: cannot be called: this gateway does not speak to anthropic, gemini"
+    assert doubts(text + same_kinds, {"openai"}) == (model,)
+    count = limits.MAX_BUDGETS_PER_REQUEST
+    budget = f"line {5 + count + 1}: budgets[{count}]: is one too many: "
+    found = doubts(text + rows[count] + rows[count + 1], {"openai"})
+    assert [doubt.startswith(start) for doubt, start in zip(found, (model, budget), strict=True)] == [True, True]

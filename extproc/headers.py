@@ -32,9 +32,6 @@ _TO_CALLER = _FRAMING | {
     "retry-after-ms",
 }
 
-# From a caller: names by which Envoy, Google's front ends and the gateway's own parts trust one another.
-_RESERVED_PREFIXES = ("x-tollgate-", "x-envoy-", "x-goog-", "x-forwarded-")
-
 # What is between the caller and the gateway: it goes no further than the gate.
 CALLERS_ONLY = ("authorization", "proxy-authorization", "x-serverless-authorization", "cookie", USER, PROVIDER)
 
@@ -56,11 +53,6 @@ def collect(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         else:
             headers[name] += f", {value}"
     return headers
-
-
-def reserved(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of a caller's headers that only the gateway itself may set, to be removed before anything reads them."""
-    return tuple(name for name in names if name.startswith(_RESERVED_PREFIXES) and name != USER)
 
 
 def to_remove(names: Iterable[str]) -> tuple[str, ...]:

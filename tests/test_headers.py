@@ -65,12 +65,6 @@ def test_a_repeated_header_is_removed_once() -> None:
     assert headers.to_remove(["cookie", "accept", "cookie", "via"]) == ("cookie", "via")
 
 
-def test_reserved_headers_are_the_gateways_own_but_for_the_user() -> None:
-    names = ["x-tollgate-user", "x-tollgate-budget", "x-envoy-retry-on", "x-goog-authenticated-user-email"]
-    names += ["x-forwarded-for", "x-llm-provider", "authorization", "x-request-id"]
-    assert headers.reserved(names) == tuple(names[1:5])
-
-
 def test_collects_by_name_and_joins_what_may_be_repeated() -> None:
     pairs = [(":path", "/v1"), ("accept", "a"), ("authorization", "Bearer x"), ("accept", "b")]
     assert headers.collect(pairs) == {":path": "/v1", "accept": "a, b", "authorization": "Bearer x"}

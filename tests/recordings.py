@@ -1,6 +1,6 @@
 """Recorded answers of real providers: the subset in `tests/streams`, and the whole collection where it is present.
 
-The collection is looked for at TOLLGATE_RECORDINGS, else beside the repository (`../shared/streams`).
+The collection is looked for at TOLLGATE_RECORDINGS, else in a sibling checkout of recordings.
 """
 
 from __future__ import annotations

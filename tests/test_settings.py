@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from extproc.limits import MAX_WORKERS
 from extproc.local.stack import DEFAULT_PORT
 from extproc.secrets import variable_of
 from extproc.settings import GOOGLE_ISSUER_KEYS, PROVIDER_BASE_URLS, TRANSPORTS, Settings, SettingsInvalid
@@ -191,7 +192,7 @@ def rows() -> dict[str, Row]:
 
 def test_every_variable_has_one_row_in_the_documentation() -> None:
     keys = {variable_of(provider) for provider in PROVIDER_BASE_URLS}
-    assert set(rows()) == set(VALUES) | keys | {"PORT"}
+    assert set(rows()) == set(VALUES) | keys | {"PORT", "TOLLGATE_WORKERS"}
 
 
 @pytest.mark.parametrize("name", sorted(set(VALUES) - {"TOLLGATE_SOCKET", "TOLLGATE_USAGE_DB"}))
@@ -208,6 +209,11 @@ def test_the_documented_default_is_the_default(name: str) -> None:
 
 def test_the_documented_port_is_the_local_stacks() -> None:
     assert rows()["PORT"].default == f"`{DEFAULT_PORT}`"
+
+
+def test_the_documented_workers_are_those_that_there_can_be() -> None:
+    assert f"1 to {MAX_WORKERS}" in rows()["TOLLGATE_WORKERS"].meaning
+    assert rows()["TOLLGATE_WORKERS"].default == "half of the cores"
 
 
 def test_every_variable_of_ours_that_the_other_documents_name_exists() -> None:

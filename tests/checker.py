@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from redis import Redis
@@ -31,7 +32,8 @@ _GAUGES = ("cluster.extproc.upstream_rq_active", "cluster.openai.upstream_rq_act
 class Checker:
     """The one checker. `check` waits until everything holds, and says what does not where it never does.
 
-    What the provider emitted and was not posted is bounded by a lease for each request. `unseen` adds, by caller, what
+    An answer that the provider sent whole is posted by the provider's own figures, unless its row says that it was cut,
+    left or broken. Of every other what was emitted and not posted is bounded by a lease. `unseen` adds, by caller, what
     a case says cannot have reached the gateway.
     """
 
@@ -69,16 +71,27 @@ class Checker:
 
     def _unbilled(self, rows: list[UsageRecord]) -> list[str]:
         """What the provider was asked and emitted, by caller, against what was written down."""
-        problems = []
-        for caller, played in _by_caller(self.rig.played).items():
-            admitted = [row for row in rows if row.service == caller and row.outcome is not Outcome.REFUSED]
-            if len(admitted) < len(played):
-                problems.append(f"{caller}: the provider saw {len(played)} requests, {len(admitted)} rows say so")
-            emitted = sum(self._emitted(request, script) for request, script in played)
-            posted = sum(row.completion_tokens for row in admitted)
-            if emitted - posted > LEASE_TOKENS * len(played) + self.unseen.get(caller, 0):
-                problems.append(f"{caller}: {emitted} tokens emitted, {posted} posted")
-        return problems
+        left = [row for row in rows if row.outcome is not Outcome.REFUSED]
+        loose = {caller: _take_billed(played, left, caller) for caller, played in _by_caller(self.rig.played).items()}
+        return [problem for caller, played in loose.items() for problem in self._short(played, left, caller)]
+
+    def _short(self, played: list[_Played], left: list[UsageRecord], caller: str | None) -> Iterable[str]:
+        """Of answers that no row has the figures of. Takes as many rows out of `left`."""
+        name = caller or "no user"
+        own = [row for row in left if _is_of(row, caller)]
+        if len(own) < len(played):
+            yield f"{name}: the provider saw {len(played)} requests more, {len(own)} rows say so"
+        broken = sum(row.outcome is not Outcome.OK for row in own)
+        figures = [figure for figure in map(_reported, played) if figure is not None]
+        if len(figures) > broken:
+            yield f"{name}: the provider billed {figures}, no row says so and {broken} did not end well"
+        own = sorted(own, key=lambda row: row.completion_tokens, reverse=True)[: len(played)]
+        emitted = sum(self._emitted(request, script) for request, script in played)
+        posted = sum(row.completion_tokens for row in own)
+        if emitted - posted > LEASE_TOKENS * len(played) + self.unseen.get(name, 0):
+            yield f"{name}: {emitted} tokens emitted, {posted} posted"
+        for row in own:
+            left.remove(row)
 
     def _emitted(self, request: Received, script: Script) -> int:
         key = (id(request), request.chunks_sent)  # the rig keeps every request, so that its id is no other's
@@ -177,12 +190,46 @@ def _texts(data: bytes) -> Iterable[str]:
         yield from (call["function"].get("arguments") or "" for call in said.get("tool_calls") or ())
 
 
-def _by_caller(played: Iterable[tuple[Received, Script]]) -> dict[str, list[tuple[Received, Script]]]:
-    """By the request's `user`, which `Rig.ask` sets; requests without one are not looked at."""
-    found: dict[str, list[tuple[Received, Script]]] = {}
+_Played = tuple[Received, Script]
+
+
+def _by_caller(played: Iterable[_Played]) -> dict[str | None, list[_Played]]:
+    """By the request's `user`, which `Rig.ask` sets. Those without one are last, for the rows that are left then."""
+    found: dict[str | None, list[_Played]] = {}
     for request, script in played:
-        if (caller := json.loads(request.body).get("user")) is not None:
-            found.setdefault(caller, []).append((request, script))
+        found.setdefault(json.loads(request.body).get("user"), []).append((request, script))
+    return dict(sorted(found.items(), key=lambda item: item[0] is None))
+
+
+def _take_billed(played: list[_Played], left: list[UsageRecord], caller: str | None) -> list[_Played]:
+    """Takes the rows out of `left` that have an answer's figures, one for each. Returns the answers without one."""
+    loose = []
+    for one in played:
+        figure = _reported(one)
+        own = (row for row in left if figure == (row.prompt_tokens, row.completion_tokens) and _is_of(row, caller))
+        if (row := next(own, None)) is None:
+            loose.append(one)
+        else:
+            left.remove(row)
+    return loose
+
+
+def _is_of(row: UsageRecord, caller: str | None) -> bool:
+    return caller in (None, row.service or row.user)
+
+
+def _reported(played: _Played) -> tuple[int, int] | None:
+    """Prompt and completion tokens as the provider says them, of an answer that it sent whole; None without."""
+    request, script = played
+    if request.ended != "whole" or not 200 <= script.status < 300 or dict(script.headers).get("content-encoding"):
+        return None
+    found = None
+    body = b"".join(script.chunks)
+    for line in (body, *body.replace(b"\r", b"\n").split(b"\n")):  # a whole answer, or events
+        with suppress(ValueError, TypeError, KeyError):
+            usage = json.loads(line.removeprefix(b"data:"))["usage"]
+            figures = (usage["prompt_tokens"], usage["completion_tokens"])
+            found = figures if all(type(figure) is int and figure >= 0 for figure in figures) else found
     return found
 
 

@@ -16,7 +16,7 @@ PROVIDER_BASE_URLS = {
 
 GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid
 
-TRANSPORTS = ("grpc", "wire")  # the first is the default
+TRANSPORTS = ("wire", "grpc")  # the first is the default
 
 
 class SettingsInvalid(Exception):
@@ -33,7 +33,7 @@ class Settings:
     state_dir: Path
     usage_db_path: Path
     health_port: int = 9091
-    transport: str = "grpc"
+    transport: str = TRANSPORTS[0]
     secrets_dir: Path | None = None
     base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
     issuer_keys: Mapping[str, str] = field(default_factory=lambda: {"https://accounts.google.com": GOOGLE_ISSUER_KEYS})

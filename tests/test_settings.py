@@ -26,7 +26,7 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_STATE_DIR": ("/var/t", "state_dir", Path("/var/t")),
     "TOLLGATE_USAGE_DB": ("/var/u.db", "usage_db_path", Path("/var/u.db")),
     "TOLLGATE_HEALTH_PORT": ("0", "health_port", 0),
-    "TOLLGATE_TRANSPORT": ("wire", "transport", "wire"),
+    "TOLLGATE_TRANSPORT": ("grpc", "transport", "grpc"),
     "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
     "OPENAI_BASE_URL": ("http://o:1/v2/", "base_urls", {**PROVIDER_BASE_URLS, "openai": "http://o:1/v2"}),
     "ANTHROPIC_BASE_URL": ("http://a", "base_urls", {**PROVIDER_BASE_URLS, "anthropic": "http://a"}),

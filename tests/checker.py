@@ -40,6 +40,7 @@ class Checker:
     rig: Rig
     unseen: dict[str, int] = field(default_factory=dict)
     files: dict[int, int] = field(default_factory=dict)  # each processor's open files when it was first seen
+    reported: set[str] = field(default_factory=set)  # each problem fails one case, and not those after it too
     emitted: dict[tuple[int, int], int] = field(default_factory=dict)  # tokens, as they do not change
 
     def __post_init__(self) -> None:
@@ -50,9 +51,10 @@ class Checker:
         deadline = time.monotonic() + _SETTLES_WITHIN_S
         quiet = 0
         while quiet < 2:  # twice: what comes late and twice must be seen
-            problems = await self._problems()
+            problems = [problem for problem in await self._problems() if problem not in self.reported]
             quiet = 0 if problems else quiet + 1
             if problems and time.monotonic() > deadline:
+                self.reported.update(problems)
                 raise AssertionError("\n".join(("the checker found:", *problems)))
             await asyncio.sleep(0.05)
 

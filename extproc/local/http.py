@@ -78,7 +78,7 @@ class Server:
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER)
         try:
-            while request := await _read(connection, reader):
+            while request := await read_request(connection, reader):
                 writer.write(_render(connection, await self._answer(request)))
                 await writer.drain()
                 if connection.our_state is not h11.DONE:
@@ -97,7 +97,7 @@ class Server:
             return Response(500)
 
 
-async def _read(connection: h11.Connection, reader: asyncio.StreamReader) -> Request | None:
+async def read_request(connection: h11.Connection, reader: asyncio.StreamReader) -> Request | None:
     """The connection's next request, or None at its end."""
     head: h11.Request | None = None
     body = bytearray()

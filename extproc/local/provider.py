@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import h11
 
-_READ_BYTES = 64 * 1024
+from extproc.local.http import read_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ class ScriptedProvider:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while (request := await _read(reader)) is not None:
+            while (asked := await read_request(h11.Connection(h11.SERVER), reader)) is not None:
+                request = Received(asked.method, asked.target, asked.headers, asked.body)
                 self.received.append(request)
                 script = self._choose(request)
                 try:
@@ -96,26 +97,6 @@ class ScriptedProvider:
             pass  # the gateway closed first, as a cut does
         finally:
             writer.close()
-
-
-async def _read(reader: asyncio.StreamReader) -> Received | None:
-    """The connection's next request, or None at its end."""
-    connection = h11.Connection(h11.SERVER)
-    head: h11.Request | None = None
-    body = bytearray()
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            connection.receive_data(await reader.read(_READ_BYTES))
-        elif isinstance(event, h11.Request):
-            head = event
-        elif isinstance(event, h11.Data):
-            body += event.data
-        elif isinstance(event, h11.EndOfMessage) and head is not None:
-            headers = tuple((name.decode(), value.decode("latin-1")) for name, value in head.headers)
-            return Received(head.method.decode(), head.target.decode(), headers, bytes(body))
-        else:
-            return None
 
 
 async def _play(script: Script, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

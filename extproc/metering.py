@@ -96,6 +96,7 @@ class StreamMeter:
         max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
         self.counted = 0
+        self.tokens = 0  # the running estimate of output tokens: counted text times the factor, rounded up
         self.usage: Usage | None = None
         self.errored = False
         self.service_tier: str | None = None
@@ -109,11 +110,6 @@ class StreamMeter:
         self._tool_call = False
         self._started: set[int] = set()
         self._finished: set[int] = set()
-
-    @property
-    def tokens(self) -> int:
-        """The running estimate of output tokens: counted text times the factor, rounded up."""
-        return ceil(self.counted * self._factor)
 
     @property
     def complete(self) -> bool:
@@ -160,7 +156,9 @@ class StreamMeter:
         return Metered(event.raw, piece.usage_only and self._hide_usage, self.tokens)
 
     def _take(self, piece: Piece) -> None:
-        self.counted += count_texts(piece.texts, self._count, MAX_EVENT_COUNT_CHARS)  # all streams wait for it
+        if piece.texts:
+            self.counted += count_texts(piece.texts, self._count, MAX_EVENT_COUNT_CHARS)  # all streams wait for it
+            self.tokens = ceil(self.counted * self._factor)
         self._started.update(piece.started)
         self._finished.update(piece.finished)
         self._done = self._done or piece.done

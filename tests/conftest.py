@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
+from tests.checker import Checker
 from tests.rig import Rig
 
 
@@ -19,6 +21,12 @@ def short_directory() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="tg"))
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def checker(rig: Rig) -> Checker:
+    """The one checker of a module's own rig, made before anything was asked of it."""
+    return Checker(rig)
 
 
 @pytest.hookimpl(wrapper=True)

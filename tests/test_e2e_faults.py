@@ -69,11 +69,6 @@ async def rig(short_directory: Path, proxy: FaultProxy) -> AsyncIterator[Rig]:
         yield rig
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def checker(rig: Rig) -> Checker:
-    return Checker(rig)
-
-
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")
 async def checked(rig: Rig, checker: Checker, proxy: FaultProxy) -> AsyncIterator[None]:
     """Everything is up again before the checker looks, and works."""

@@ -48,11 +48,6 @@ async def rig(short_directory: Path) -> AsyncIterator[Rig]:
         yield rig
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def checker(rig: Rig) -> Checker:
-    return Checker(rig)
-
-
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")
 async def checked(checker: Checker) -> AsyncIterator[None]:
     yield

@@ -107,6 +107,21 @@ class UpstreamFailure(TollgateError):
     code = "upstream_error"
 
 
+class ProviderError(TollgateError):
+    """What a provider answered instead of an answer, in its own words: secrets are taken out where it is passed on.
+
+    `status` is the HTTP status that it came with, or, for an event of a stream, the one that stands for it.
+    """
+
+    type = "upstream_error"
+    code = "upstream_error"
+
+    def __init__(self, message: str, *, status: int, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+        self.status = status
+        self.type = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
 class Unavailable(TollgateError):
     """A dependency that money or identity needs cannot be reached: fail closed. Worth a try in a second."""
 
@@ -140,3 +155,17 @@ class PolicyInvalid(Exception):
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+# OpenAI's names of what a status means; the other dialects have their own tables.
+_TYPES = {
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+    529: "overloaded_error",
+}

@@ -27,8 +27,8 @@ import orjson
 
 from extproc import budget, headers, limits
 from extproc.allowance import Allowance
-from extproc.dialects import Dialect
-from extproc.dialects.openai import OpenAIChat
+from extproc.dialects.dialect import Dialect
+from extproc.dialects.openai_chat import OpenAIChatCalls
 from extproc.errors import (
     BadRequest,
     BudgetExhausted,
@@ -104,7 +104,7 @@ CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before
 
 _JSON = ("content-type", "application/json")
 _HEALTH_PATH = "/healthz"
-_DEFAULT_DIALECT = OpenAIChat()
+_DEFAULT_DIALECT = OpenAIChatCalls()
 
 
 NOBODY = Principal(email="", service=None, team=None, user=None)
@@ -286,7 +286,7 @@ class Exchange:
             prompt_text_tokens + plan.call.prompt_extra,
             plan.cap * plan.call.choices,
             self._gate.lease_tokens,
-            int(plan.call.web_search),
+            plan.call.web_searches,
         )
         self._state = State.HOLDING
         ask = HoldAsk(
@@ -317,7 +317,7 @@ class Exchange:
 
     def _forward_request(self) -> ForwardRequest:
         plan = self._admitted
-        body = self._dialect.upstream_body(plan.call, plan.target.model, plan.sent_cap)
+        body = self._dialect.upstream_body(plan.call, plan.raw, plan.target.model, plan.sent_cap)
         return ForwardRequest(
             body,
             set_headers=((ROUTE_HEADER, plan.target.provider), _JSON, ("content-length", str(len(body)))),
@@ -667,7 +667,8 @@ class Exchange:
         plan = self._admitted
         price = self._price(service_tier)
         billed = usage.prompt or usage.completion
-        cost_nanousd = price.cost(usage, int(plan.call.web_search)) if billed else 0
+        searches = plan.call.web_searches if usage.web_searches is None else usage.web_searches
+        cost_nanousd = price.cost(usage, searches) if billed else 0
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
         return [
             Settle(Settlement(self._request_id, self._hold.windows, actual)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from extproc.dialects import Dialect
+from extproc.dialects.dialect import Dialect
 from extproc.identity import Identity
 from extproc.pricing import PriceBook
 from extproc.records import Policy, Target

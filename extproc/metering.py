@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b, shake_128
 from math import ceil
 
-from extproc.dialects import Dialect
+from extproc.dialects.dialect import Dialect
 from extproc.limits import (
     COUNT_SLICE_CHARS,
     LEARN_MIN_TOKENS,
@@ -100,7 +100,7 @@ class StreamMeter:
         self.usage: Usage | None = None
         self.errored = False
         self.service_tier: str | None = None
-        self._dialect = dialect
+        self._read = dialect.piece_reader()
         self._count = count
         self._factor = factor
         self._hide_usage = hide_usage
@@ -151,7 +151,7 @@ class StreamMeter:
     def _meter(self, event: SseEvent) -> Metered:
         if event.data is None:
             return Metered(event.raw, False, self.tokens)
-        piece = self._dialect.read_event(event.data)
+        piece = self._read(event.data)
         self._take(piece)
         return Metered(event.raw, piece.usage_only and self._hide_usage, self.tokens)
 

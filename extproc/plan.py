@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from extproc import budget
-from extproc.dialects import Dialect
+from extproc.dialects.dialect import Dialect
 from extproc.gate import Gate
 from extproc.intake import parse_json
 from extproc.models import traits
@@ -16,9 +16,13 @@ from extproc.routing import route, rule_of
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One admitted request. `cap` bounds one choice's output tokens: the least of caller's, model's and policy's."""
+    """One admitted request. `cap` bounds one choice's output tokens: the least of caller's, model's and policy's.
+
+    `raw` is the body as the caller sent it.
+    """
 
     call: Call
+    raw: bytes
     route: Route
     target: Target
     traits: ModelTraits
@@ -48,6 +52,7 @@ def make_plan(gate: Gate, dialect: Dialect, principal: Principal, body: bytes, f
     known = traits(target.provider, target.model, rule_of(gate.policy, way))
     return Plan(
         call=call,
+        raw=body,
         route=way,
         target=target,
         traits=known,

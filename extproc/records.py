@@ -158,6 +158,7 @@ class Call:
 
     `cap` is the caller's own bound on output tokens, if it gave one. `prompt_texts` are counted with the model's
     encoding; `prompt_extra` is what the rest of the prompt may cost in tokens (images, message overhead).
+    `web_searches` is how many may be billed; `thinks` whether it asks for thoughts or for none, where it says so.
     """
 
     model: str
@@ -168,8 +169,9 @@ class Call:
     prompt_texts: tuple[str, ...]
     prompt_extra: int
     service_tier: str | None
-    web_search: bool
+    web_searches: int
     body: Mapping[str, Any]
+    thinks: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,8 @@ class Balance:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer. `prompt` includes `cached_prompt` (read from the provider's cache), `cache_write_prompt`
-    (written to it, at a price of its own) and audio; `completion` includes `reasoning` and audio.
+    (written to it, at a price of its own) and audio; `completion` includes `reasoning` and audio. `web_searches` is
+    None where the provider does not count them.
     """
 
     prompt: int
@@ -311,6 +314,7 @@ class Usage:
     audio_prompt: int = 0
     audio_completion: int = 0
     cache_write_prompt: int = 0
+    web_searches: int | None = None
 
 
 class Piece(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from extproc.dialects.openai import OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
 from extproc.errors import StreamTooLarge
 from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MAX_EVENT_COUNT_CHARS, MIB
 from extproc.metering import StreamMeter, count_texts, final_usage, starting_factor

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from extproc.dialects.openai import OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
 from extproc.errors import BadRequest, Unavailable
 from extproc.gate import Clock
 from extproc.plan import Plan, make_plan

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from extproc import limits
 from extproc.dialects import DIALECTS, Dialect
-from extproc.dialects import openai as dialect
-from extproc.dialects.openai import OpenAIChat
+from extproc.dialects.openai_chat import calls as dialect
+from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
 from extproc.errors import BadRequest, BudgetExhausted
 from extproc.metering import count_texts
 from extproc.records import Piece, Usage

@@ -6,13 +6,27 @@ difference is named beside its rule; the recorded answers in `tests/streams` sho
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from extproc.dialects.dialect import NO_ADDRESS, Address
+from extproc.dialects.fields import (
+    Names,
+    count,
+    dicts,
+    invalid,
+    members,
+    objects,
+    optional,
+    parse,
+    positive,
+    required,
+    spliced,
+    wrong_type,
+)
 from extproc.errors import BadRequest, TollgateError
 from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_MODEL_NAME_CHARS, MAX_TOKENS
 from extproc.records import Answer, Call, Piece, Usage
@@ -39,10 +53,9 @@ EARLIER_AUDIO_TOKENS = 16_384  # an answer kept at the provider: as long as any 
 FILE_TOKENS = 1_500
 LARGEST_CONTEXT_TOKENS = 1_047_576
 
-# The fields that decide what a call costs. Some providers read JSON without regard to case (Go's encoding/json), so
-# that `Max_Tokens` would be obeyed there and overlooked here: such spellings are refused.
+# The fields that decide what a call costs.
 # fmt: off
-_CALL_FIELDS = frozenset((
+_CALL_FIELDS = Names((
     "model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "tools", "tool_choice",
     "functions", "function_call", "response_format", "prediction", "modalities", "audio", "service_tier",
     "web_search_options",
@@ -52,10 +65,9 @@ _CALL_FIELDS = frozenset((
 _ROUTING_FIELDS = frozenset(
     ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
 )
-_MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
-_PART_FIELDS = frozenset(("type", "text", "refusal", "image_url", "input_audio", "file"))
-_OPTION_FIELDS = frozenset(("include_usage",))
-_FOLDED = {name.replace("_", ""): name for name in _CALL_FIELDS | _MESSAGE_FIELDS | _PART_FIELDS | _OPTION_FIELDS}
+_MESSAGE_FIELDS = Names(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
+_PART_FIELDS = Names(("type", "text", "refusal", "image_url", "input_audio", "file"))
+_OPTION_FIELDS = Names(("include_usage",))
 
 _PLAIN_FIELDS = frozenset(
     ("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "obfuscation")
@@ -65,15 +77,17 @@ _DONE = Piece(done=True)
 _NOTHING = Piece()
 
 
-class OpenAIChat:
-    """The dialect's one object. Stateless."""
+class OpenAIChatCalls:
+    """What the gate asks of the dialect. Stateless."""
 
-    def read_call(self, body: Mapping[str, Any]) -> Call:
+    name = "openai-chat"
+
+    def read_call(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> Call:
         """Check a parsed request. Raises BadRequest in OpenAI's words and codes, naming the field in `param`."""
-        _refuse_misspelt(body, _CALL_FIELDS)
+        _CALL_FIELDS.refuse_misspelt(body)
         _refuse_routing(body)
         model = _model(body)
-        stream = _optional(body, "stream", bool) or False
+        stream = optional(body, "stream", bool) or False
         prompt = _Prompt(IMAGE_TOKENS_4O_MINI if "4o-mini" in model else IMAGE_TOKENS)
         _read_messages(body, prompt)
         _read_definitions(body, prompt)
@@ -81,32 +95,38 @@ class OpenAIChat:
             model=model,
             stream=stream,
             wants_usage=_wants_usage(body, stream),
-            choices=_positive(body, "n", at_most=MAX_CHOICES) or 1,
+            choices=positive(body, "n", at_most=MAX_CHOICES) or 1,
             cap=_cap(body),
             prompt_texts=tuple(prompt.texts),
             prompt_extra=prompt.extra,
-            service_tier=_optional(body, "service_tier", str),
-            web_search=_searches_web(body, model),
+            service_tier=optional(body, "service_tier", str),
+            web_searches=int(_searches_web(body, model)),
             body=body,
         )
 
-    def upstream_body(self, call: Call, model: str, cap: int | None) -> bytes:
+    def upstream_body(self, call: Call, raw: bytes, model: str, cap: int | None) -> bytes:
         """The call as a provider gets it. `cap` is the bound on output tokens of each choice, or None for no bound.
 
         The cap goes where the caller put its own, else into `max_completion_tokens`: reasoning models refuse
         `max_tokens`.
         """
-        body = {**call.body, "model": model}
+        body = call.body
+        changes: dict[str, object] = {} if model == call.model else {"model": model}
         if cap is not None:
-            given = [name for name in CAP_FIELDS if body.get(name) is not None]
-            body.update(dict.fromkeys(given or CAP_FIELDS[:1], cap))
-        if call.stream:
-            body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-        return orjson.dumps(body)
+            given = [name for name in CAP_FIELDS if body.get(name) is not None] or CAP_FIELDS[:1]
+            changes |= {name: cap for name in given if body.get(name) != cap}
+        if call.stream and not call.wants_usage:
+            options = members(raw).get("stream_options") if body.get("stream_options") else b"{}"
+            changes["stream_options"] = spliced(options or b"{}", {"include_usage": True})
+        return spliced(raw, changes) if changes else raw
+
+    def piece_reader(self) -> Callable[[bytes], Piece]:
+        """Every event speaks for itself."""
+        return self.read_event
 
     def read_event(self, data: bytes) -> Piece:
         """What one event says. Data that is not understood is an empty Piece."""
-        event = _parse(data)
+        event = parse(data)
         if not isinstance(event, dict):
             return _DONE if data.strip() == b"[DONE]" else _NOTHING
         if (plain := _plain_delta(event)) is not None:
@@ -115,7 +135,7 @@ class OpenAIChat:
         started: list[int] = []
         finished: list[int] = []
         tool_call = False
-        choices = _dicts(event.get("choices"))
+        choices = dicts(event.get("choices"))
         for choice in choices:
             index = choice.get("index")
             started.append(index if isinstance(index, int) else 0)
@@ -140,11 +160,11 @@ class OpenAIChat:
 
     def read_answer(self, body: bytes) -> Answer:
         """What a whole answer says. Raises ValueError where it is not one, an error with status 200 included."""
-        answer = _parse(body)
+        answer = parse(body)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise ValueError("not a chat completion")
         texts: list[str] = []
-        for choice in _dicts(answer["choices"]):
+        for choice in dicts(answer["choices"]):
             message = choice.get("message")
             if isinstance(message, dict):
                 _add_texts(message, texts)
@@ -177,80 +197,7 @@ def _plain_delta(event: dict[str, Any]) -> Piece | None:
     return Piece((text,) if text else (), started=(index,), service_tier=_service_tier(event))
 
 
-# Requests: types and values -------------------------------------------------------------------------------------------
-
-_KINDS = {
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a decimal number",
-    list: "an array",
-    dict: "an object",
-    type(None): "null",
-}
-
-
-def _wrong_type(where: str, expected: str, value: object) -> BadRequest:
-    got = _KINDS.get(type(value), "something else")
-    message = f"Invalid type for '{where}': expected {expected}, but got {got} instead."
-    return BadRequest(message, code="invalid_type", param=where)
-
-
-def _invalid(where: str, problem: str, code: str = "invalid_value") -> BadRequest:
-    return BadRequest(f"Invalid '{where}': {problem}.", code=code, param=where)
-
-
-def _missing(where: str) -> BadRequest:
-    message = f"Missing required parameter: '{where}'."
-    return BadRequest(message, code="missing_required_parameter", param=where)
-
-
-def _is_a(value: object, kind: type) -> bool:
-    """True and False are integers to Python, and not to JSON."""
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _optional(fields: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
-    """A field that may be absent or null, both None."""
-    value = fields.get(name)
-    if value is not None and not _is_a(value, kind):
-        raise _wrong_type(where + name, _KINDS[kind], value)
-    return value
-
-
-def _required(fields: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
-    if name not in fields:
-        raise _missing(where + name)
-    value = fields[name]
-    if not _is_a(value, kind):
-        raise _wrong_type(where + name, _KINDS[kind], value)
-    return value
-
-
-def _positive(body: Mapping[str, Any], name: str, at_most: int) -> int | None:
-    value: int | None = _optional(body, name, int)
-    if value is not None and value < 1:
-        raise _invalid(name, "integer below minimum value. Expected a value >= 1", "integer_below_min_value")
-    if value is not None and value > at_most:
-        raise _invalid(name, f"integer above maximum value. Expected a value <= {at_most}", "integer_above_max_value")
-    return value
-
-
-def _objects(values: list[Any], where: str) -> list[dict[str, Any]]:
-    for i, value in enumerate(values):
-        if not isinstance(value, dict):
-            raise _wrong_type(f"{where}[{i}]", "an object", value)
-    return values
-
-
-def _refuse_misspelt(fields: Mapping[str, Any], known: Collection[str], where: str = "") -> None:
-    for name in fields:
-        if name in known:
-            continue
-        meant = _FOLDED.get(name.casefold().replace("_", "").replace("-", ""))
-        if meant in known:
-            message = f"Unknown parameter: '{where}{name}'. Did you mean '{where}{meant}'?"
-            raise BadRequest(message, code="unknown_parameter", param=where + name)
+# Requests: the fields -------------------------------------------------------------------------------------------------
 
 
 def _refuse_routing(body: Mapping[str, Any]) -> None:
@@ -260,29 +207,26 @@ def _refuse_routing(body: Mapping[str, Any]) -> None:
             raise BadRequest(message, code="unsupported_parameter", param=name)
 
 
-# Requests: the fields -------------------------------------------------------------------------------------------------
-
-
 def _model(body: Mapping[str, Any]) -> str:
-    model: str = _required(body, "model", str)
+    model: str = required(body, "model", str)
     if not 1 <= len(model) <= MAX_MODEL_NAME_CHARS:
-        raise _invalid("model", f"expected a name of 1 to {MAX_MODEL_NAME_CHARS} characters")
+        raise invalid("model", f"expected a name of 1 to {MAX_MODEL_NAME_CHARS} characters")
     return model
 
 
 def _wants_usage(body: Mapping[str, Any], stream: bool) -> bool:
-    options = _optional(body, "stream_options", dict)
+    options = optional(body, "stream_options", dict)
     if options is None:
         return False
     if not stream:
         problem = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise BadRequest(problem, code="invalid_value", param="stream_options")
-    _refuse_misspelt(options, _OPTION_FIELDS, "stream_options.")
-    return bool(_optional(options, "include_usage", bool, "stream_options."))
+    _OPTION_FIELDS.refuse_misspelt(options, "stream_options.")
+    return bool(optional(options, "include_usage", bool, "stream_options."))
 
 
 def _cap(body: Mapping[str, Any]) -> int | None:
-    caps = {cap for name in CAP_FIELDS if (cap := _positive(body, name, at_most=MAX_TOKENS)) is not None}
+    caps = {cap for name in CAP_FIELDS if (cap := positive(body, name, at_most=MAX_TOKENS)) is not None}
     if len(caps) > 1:
         problem = "Setting 'max_tokens' and 'max_completion_tokens' to different values is not supported."
         raise BadRequest(problem, code="invalid_parameter_combination", param="max_tokens")
@@ -291,7 +235,7 @@ def _cap(body: Mapping[str, Any]) -> int | None:
 
 def _searches_web(body: Mapping[str, Any], model: str) -> bool:
     """Whether a search may be billed: asked for, offered as a tool, or built into the model (`…-search-preview`)."""
-    asked = _optional(body, "web_search_options", dict) is not None
+    asked = optional(body, "web_search_options", dict) is not None
     offered = any("search" in str(tool.get("type")) for tool in body.get("tools") or ())
     return asked or offered or "-search" in model
 
@@ -312,26 +256,26 @@ class _Prompt:
 
 
 def _read_messages(body: Mapping[str, Any], prompt: _Prompt) -> None:
-    messages = _objects(_required(body, "messages", list), "messages")
+    messages = objects(required(body, "messages", list), "messages")
     if not messages:
-        raise _invalid("messages", "empty array. Expected an array with minimum length 1", "empty_array")
+        raise invalid("messages", "empty array. Expected an array with minimum length 1", "empty_array")
     if len(messages) > MAX_MESSAGES:
         problem = f"array too long. Expected an array with maximum length {MAX_MESSAGES}"
-        raise _invalid("messages", problem, "array_above_max_length")
+        raise invalid("messages", problem, "array_above_max_length")
     for i, message in enumerate(messages):
         _read_message(message, f"messages[{i}].", prompt)
 
 
 def _read_message(message: dict[str, Any], where: str, prompt: _Prompt) -> None:
     """Everything in a message is prompt: histories carry tool calls, refusals, reasoning, and more to come."""
-    _refuse_misspelt(message, _MESSAGE_FIELDS, where)
-    prompt.texts.append(_required(message, "role", str, where))
+    _MESSAGE_FIELDS.refuse_misspelt(message, where)
+    prompt.texts.append(required(message, "role", str, where))
     prompt.extra += MESSAGE_TOKENS
-    if _optional(message, "name", str, where) is not None:
+    if optional(message, "name", str, where) is not None:
         prompt.extra += NAME_TOKENS
-    if _optional(message, "audio", dict, where) is not None:
+    if optional(message, "audio", dict, where) is not None:
         prompt.extra += EARLIER_AUDIO_TOKENS
-    _objects(_optional(message, "tool_calls", list, where) or [], where + "tool_calls")
+    objects(optional(message, "tool_calls", list, where) or [], where + "tool_calls")
     for name, value in message.items():
         if name == "content":
             _read_content(value, where + name, prompt)
@@ -345,49 +289,49 @@ def _read_content(content: object, where: str, prompt: _Prompt) -> None:
     if isinstance(content, str):
         prompt.texts.append(content)
     elif isinstance(content, list):
-        for i, part in enumerate(_objects(content, where)):
+        for i, part in enumerate(objects(content, where)):
             _read_part(part, f"{where}[{i}].", prompt)
     elif content is not None:
-        raise _wrong_type(where, "one of a string or array of objects", content)
+        raise wrong_type(where, "one of a string or array of objects", content)
 
 
 def _read_part(part: dict[str, Any], where: str, prompt: _Prompt) -> None:
     """One part of a content. A type whose cost is unknown is refused: what cannot be held for is not sent."""
-    _refuse_misspelt(part, _PART_FIELDS, where)
-    kind = _required(part, "type", str, where)
+    _PART_FIELDS.refuse_misspelt(part, where)
+    kind = required(part, "type", str, where)
     if kind in ("text", "refusal"):
-        prompt.texts.append(_required(part, kind, str, where))
+        prompt.texts.append(required(part, kind, str, where))
     elif kind == "image_url":
         prompt.extra += _image_tokens(_unwrapped(part, kind, where, "url"), where + kind, prompt)
     elif kind == "input_audio":
         audio = _unwrapped(part, kind, where, "data")
         prompt.extra += AUDIO_TOKENS + _decoded_bytes(audio["data"]) // AUDIO_BYTES_PER_TOKEN
     elif kind == "file":
-        prompt.extra += _file_tokens(_required(part, kind, dict, where), where + kind)
+        prompt.extra += _file_tokens(required(part, kind, dict, where), where + kind)
     else:
-        raise _invalid(where + "type", "expected one of 'text', 'image_url', 'input_audio', 'file' and 'refusal'")
+        raise invalid(where + "type", "expected one of 'text', 'image_url', 'input_audio', 'file' and 'refusal'")
 
 
 def _unwrapped(part: dict[str, Any], kind: str, where: str, name: str) -> dict[str, Any]:
     """Mistral takes the bare string for `{name: string}` too."""
     value = part.get(kind)
-    wrapped: dict[str, Any] = {name: value} if isinstance(value, str) else _required(part, kind, dict, where)
-    _required(wrapped, name, str, f"{where}{kind}.")
+    wrapped: dict[str, Any] = {name: value} if isinstance(value, str) else required(part, kind, dict, where)
+    required(wrapped, name, str, f"{where}{kind}.")
     return wrapped
 
 
 def _image_tokens(image: dict[str, Any], where: str, prompt: _Prompt) -> int:
-    detail = _optional(image, "detail", str, where + ".") or "auto"
+    detail = optional(image, "detail", str, where + ".") or "auto"
     if detail not in prompt.image_tokens:
-        raise _invalid(where + ".detail", "expected one of 'low', 'high', 'auto' and 'original'")
+        raise invalid(where + ".detail", "expected one of 'low', 'high', 'auto' and 'original'")
     return prompt.image_tokens[detail]
 
 
 def _file_tokens(file: dict[str, Any], where: str) -> int:
     """A file given by id lies at the provider, of unknown size and unknown owner."""
     if "file_data" not in file:
-        raise _invalid(where, "files are accepted as 'file_data' only, since the cost of a stored file is not known")
-    size = _decoded_bytes(_required(file, "file_data", str, where + "."))
+        raise invalid(where, "files are accepted as 'file_data' only, since the cost of a stored file is not known")
+    size = _decoded_bytes(required(file, "file_data", str, where + "."))
     return min(FILE_TOKENS + size, LARGEST_CONTEXT_TOKENS)
 
 
@@ -398,11 +342,11 @@ def _decoded_bytes(base64_text: str) -> int:
 def _read_definitions(body: Mapping[str, Any], prompt: _Prompt) -> None:
     """Tools, schemas and predictions: the provider writes them into the prompt in a form of its own, never longer."""
     for name in ("tools", "functions"):
-        if definitions := _optional(body, name, list):
+        if definitions := optional(body, name, list):
             prompt.extra += TOOLS_TOKENS
-            prompt.add_json(_objects(definitions, name))
+            prompt.add_json(objects(definitions, name))
     for name in ("response_format", "prediction"):
-        if (definition := _optional(body, name, dict)) is not None:
+        if (definition := optional(body, name, dict)) is not None:
             prompt.add_json(definition)
     for name in ("tool_choice", "function_call"):
         if isinstance(body.get(name), dict):
@@ -410,22 +354,6 @@ def _read_definitions(body: Mapping[str, Any], prompt: _Prompt) -> None:
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
-
-
-def _parse(data: bytes) -> Any:
-    """JSON as providers write it, or None. NaN, half surrogate pairs and broken UTF-8 must not hide text from count."""
-    try:
-        return orjson.loads(data)
-    except ValueError:
-        pass
-    try:
-        return json.loads(data.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _dicts(values: object) -> list[dict[str, Any]]:
-    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _service_tier(event: dict[str, Any]) -> str | None:
@@ -449,7 +377,7 @@ def _add_texts(message: dict[str, Any], texts: list[str]) -> None:
         _add_parts(content, texts)
     _add_text(message.get("refusal"), texts)
     _add_reasoning(message, texts)
-    for call in _dicts(message.get("tool_calls")):
+    for call in dicts(message.get("tool_calls")):
         _add_function(call.get("function"), "arguments", texts)
         _add_function(call.get("custom"), "input", texts)
     _add_function(message.get("function_call"), "arguments", texts)
@@ -460,9 +388,9 @@ def _add_texts(message: dict[str, Any], texts: list[str]) -> None:
 
 def _add_parts(parts: list[Any], texts: list[str]) -> None:
     """Mistral's reasoning models answer in parts: `text`, and `thinking` with parts of its own."""
-    for part in _dicts(parts):
+    for part in dicts(parts):
         _add_text(part.get("text"), texts)
-        for thought in _dicts(part.get("thinking")):
+        for thought in dicts(part.get("thinking")):
             _add_text(thought.get("text"), texts)
 
 
@@ -470,7 +398,7 @@ def _add_reasoning(message: dict[str, Any], texts: list[str]) -> None:
     """Providers that send reasoning under two names send the same text twice: the first that is there counts."""
     if _add_text(message.get("reasoning_content"), texts) or _add_text(message.get("reasoning"), texts):
         return
-    for detail in _dicts(message.get("reasoning_details")):
+    for detail in dicts(message.get("reasoning_details")):
         _add_text(detail.get("text"), texts)
         _add_text(detail.get("summary"), texts)
 
@@ -489,7 +417,7 @@ def _usage_of(event: dict[str, Any]) -> Usage | None:
         usage = groq.get("usage") if isinstance(groq, dict) else None
     if not isinstance(usage, dict):
         return None
-    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
     if prompt is None or completion is None:
         return None
     return _billed(usage, prompt, completion)
@@ -504,9 +432,9 @@ def _billed(usage: dict[str, Any], prompt: int, completion: int) -> Usage:
     """
     prompt_details = _details(usage, "prompt_tokens_details")
     completion_details = _details(usage, "completion_tokens_details")
-    reasoning = _count(completion_details, "reasoning_tokens") or 0
-    audio_prompt = _count(prompt_details, "audio_tokens") or 0
-    left_out = max(0, (_count(usage, "total_tokens") or 0) - prompt - completion)
+    reasoning = count(completion_details, "reasoning_tokens") or 0
+    audio_prompt = count(prompt_details, "audio_tokens") or 0
+    left_out = max(0, (count(usage, "total_tokens") or 0) - prompt - completion)
     if left_out and left_out == audio_prompt:
         prompt += left_out
     elif left_out:
@@ -520,16 +448,16 @@ def _billed(usage: dict[str, Any], prompt: int, completion: int) -> Usage:
         cached_prompt=min(_cached(usage, prompt_details), prompt),
         reasoning=reasoning,
         audio_prompt=min(audio_prompt, prompt),
-        audio_completion=min(_count(completion_details, "audio_tokens") or 0, completion),
+        audio_completion=min(count(completion_details, "audio_tokens") or 0, completion),
     )
 
 
 def _cached(usage: dict[str, Any], prompt_details: dict[str, Any]) -> int:
     """Together and Moonshot name them at the top, DeepSeek's older answers by another name."""
     for cached in (
-        _count(prompt_details, "cached_tokens"),
-        _count(usage, "cached_tokens"),
-        _count(usage, "prompt_cache_hit_tokens"),
+        count(prompt_details, "cached_tokens"),
+        count(usage, "cached_tokens"),
+        count(usage, "prompt_cache_hit_tokens"),
     ):
         if cached is not None:
             return cached
@@ -539,8 +467,3 @@ def _cached(usage: dict[str, Any], prompt_details: dict[str, Any]) -> int:
 def _details(usage: dict[str, Any], name: str) -> dict[str, Any]:
     details = usage.get(name)
     return details if isinstance(details, dict) else {}
-
-
-def _count(figures: dict[str, Any], name: str) -> int | None:
-    value = figures.get(name)
-    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None

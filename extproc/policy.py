@@ -36,8 +36,8 @@ from extproc.limits import (
     MAX_TOKENS,
     MAX_USER_CHARS,
 )
+from extproc.providers import PROVIDERS
 from extproc.records import BudgetRule, IdentityRules, Mode, ModelRule, Policy, PriceRule, Scope, Target, Unit, Window
-from extproc.settings import PROVIDER_BASE_URLS
 
 ANY = "*"
 NANOUSD_PER_USD = 10**9
@@ -77,9 +77,9 @@ def _usd(value: object) -> int:
 
 def _target(text: str) -> str:
     provider, _, model = text.partition("/")
-    if provider not in PROVIDER_BASE_URLS or not model:
+    if provider not in PROVIDERS or not model:
         message = "must be provider/model, with one of the providers {known}"
-        raise PydanticCustomError("target", message, {"known": ", ".join(PROVIDER_BASE_URLS)})
+        raise PydanticCustomError("target", message, {"known": ", ".join(PROVIDERS)})
     if ANY in model and model != ANY:
         raise PydanticCustomError("target", "must name one model, or * for the requested one")
     return text
@@ -116,6 +116,7 @@ class _Model(_Section):
     targets: Annotated[list[Annotated[_ModelName, AfterValidator(_target)]], Field(min_length=1)]
     max_output_tokens: _Tokens | None = None
     reasoning: StrictBool | None = None
+    drop_unsupported: StrictBool = False
 
 
 class _Price(_Section):
@@ -233,7 +234,7 @@ def _identity(identity: _Identity) -> IdentityRules:
 
 def _model(pattern: str, model: _Model) -> ModelRule:
     targets = tuple(Target(*target.split("/", 1)) for target in model.targets)
-    return ModelRule(pattern, targets, model.max_output_tokens, model.reasoning)
+    return ModelRule(pattern, targets, model.max_output_tokens, model.reasoning, model.drop_unsupported)
 
 
 def _price(pattern: str, price: _Price) -> PriceRule:

@@ -106,13 +106,15 @@ class IdentityRules:
 class ModelRule:
     """Where the models of a name or pattern go. A target's model `*` is the requested name.
 
-    `max_output_tokens` and `reasoning` override what the catalogue of models knows.
+    `max_output_tokens` and `reasoning` override what the catalogue of models knows. `drop_unsupported`: a field that a
+    target cannot take is left out for it; else such a target is skipped, and with no other the call is refused.
     """
 
     pattern: str
     targets: tuple[Target, ...]
     max_output_tokens: int | None = None
     reasoning: bool | None = None
+    drop_unsupported: bool = False
 
 
 @dataclass(frozen=True, slots=True)

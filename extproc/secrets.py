@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from extproc.limits import MAX_SECRET_BYTES, MIN_REDACTED_BYTES
+from extproc.providers import PROVIDERS
 from extproc.settings import SettingsInvalid
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Secrets(Protocol):
     """The providers' keys, as they are now."""
 
     def key(self, provider: str) -> str | None:
-        """The provider's key, or None where it has none."""
+        """The provider's key, or None where it has none. Empty where it needs none and is set up."""
 
     def values(self) -> tuple[str, ...]:
         """What must not get out: every key in use, and those just replaced, whose answers may still be on their way.
@@ -40,7 +41,7 @@ class Source(Protocol):
 
 def variable_of(provider: str) -> str:
     """The name of the environment variable, or file, of a provider's key."""
-    return f"{provider.upper()}_API_KEY"
+    return PROVIDERS[provider].key_variable
 
 
 class EnvironmentSource:
@@ -54,6 +55,18 @@ class EnvironmentSource:
         """See `Source`."""
         found = {provider: self._env.get(variable_of(provider)) for provider in self._providers}
         return {provider: _checked(variable_of(provider), value) for provider, value in found.items() if value}
+
+
+class KeylessSource:
+    """The empty key, for each provider that needs none: once its base URL is set, since it may not be there at all."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+
+    def read(self) -> Mapping[str, str]:
+        """See `Source`."""
+        keyless = (provider for provider in PROVIDERS.values() if not provider.needs_key)
+        return {provider.name: "" for provider in keyless if self._env.get(provider.base_url_variable)}
 
 
 class FileSource:
@@ -96,7 +109,7 @@ class SecretStore:
     def of(cls, directory: Path | None, env: Mapping[str, str], providers: Collection[str]) -> SecretStore:
         """From the files in `directory`, if there is one, and the environment. Raises SettingsInvalid."""
         files = () if directory is None else (FileSource(directory, providers),)
-        return cls([*files, EnvironmentSource(env, providers)])
+        return cls([*files, EnvironmentSource(env, providers), KeylessSource(env)])
 
     def __repr__(self) -> str:
         return f"SecretStore({', '.join(sorted(self._keys))})"
@@ -141,6 +154,22 @@ class SecretStore:
         for source in reversed(self._sources):
             keys.update(source.read())
         return keys
+
+
+class FirstOf:
+    """`Secrets` of several stores, of which the first that has a key wins."""
+
+    def __init__(self, *stores: Secrets) -> None:
+        self._stores = stores
+
+    def key(self, provider: str) -> str | None:
+        """See `Secrets`."""
+        keys = (store.key(provider) for store in self._stores)
+        return next((key for key in keys if key is not None), None)
+
+    def values(self) -> tuple[str, ...]:
+        """See `Secrets`."""
+        return tuple(value for store in self._stores for value in store.values())
 
 
 def _told_from_text(values: Iterable[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from extproc.dialects import DIALECTS, SPOKEN
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
 from extproc.gate import Clock, Gate
+from extproc.google_tokens import GoogleTokens
 from extproc.health import HealthServer
 from extproc.identity import Identity
 from extproc.journal import Journal
@@ -28,11 +29,12 @@ from extproc.metering import starting_factor
 from extproc.policy import parse_policy
 from extproc.policy_file import PolicyFile
 from extproc.pricing import PriceBook
+from extproc.providers import PROVIDERS
 from extproc.records import IdentityRules, Policy, Target
 from extproc.redaction import Redactor
-from extproc.secrets import SecretStore
+from extproc.secrets import FirstOf, SecretStore
 from extproc.session import Services, Session
-from extproc.settings import PROVIDER_BASE_URLS, Settings
+from extproc.settings import Settings
 from extproc.settlements import SettlementLog
 from extproc.settling import Settler
 from extproc.sweeping import Sweeper
@@ -63,8 +65,11 @@ class Processor:
         self._ledger_lacks: str | None = "Redis was not reached yet"
         self._tasks: set[asyncio.Task[None]] = set()
 
-        self._secrets = SecretStore.of(settings.secrets_dir, os.environ, PROVIDER_BASE_URLS)
-        self._redactor = Redactor(self._secrets.values)
+        self._secrets = SecretStore.of(settings.secrets_dir, os.environ, PROVIDERS)
+        on_vertex = [name for name in settings.base_urls if PROVIDERS[name].publisher is not None]
+        self._google = GoogleTokens([name for name in on_vertex if self._secrets.key(name) is None])
+        self._all_secrets = FirstOf(self._secrets, self._google)
+        self._redactor = Redactor(self._all_secrets.values)
         self._keys = KeyStore(settings.issuer_keys, settings.keys_max_stale_s)
         self._ledger = Ledger(
             settings.redis_url,
@@ -78,7 +83,7 @@ class Processor:
         self._settler = Settler(self._ledger, SettlementLog(settings.state_dir / "settlements", clock=_wall_ms))
         self._sweeper = Sweeper(self._ledger, self._journal.append_orphan, settings.hold_ttl_ms / 4000)
         self._counting = PromptCounter(settings.admission_timeout_ms / 1000)
-        self._targets = Targets(settings.base_urls, self._secrets.key)
+        self._targets = Targets(settings.base_urls, self._all_secrets.key)
         self._services = Services(
             ledger=self._ledger,
             settle=self._settler.settle,
@@ -99,6 +104,7 @@ class Processor:
         self._gate.prices.price(Target("openai", "gpt-4o"), None)  # the catalogue: a tenth of a second, likewise
         self._keys.start()
         self._secrets.start()
+        self._google.start()
         self._settler.start()
         self._sweeper.start()
         self._policy_file.start()
@@ -151,7 +157,9 @@ class Processor:
         return dataclasses.replace(rules, issuers=rules.issuers + own)
 
     def _providers(self) -> frozenset[str]:
-        return frozenset(name for name in SPOKEN if self._secrets.key(name) is not None)
+        """Those that are spoken to, have a place and have a key."""
+        known = SPOKEN & self._settings.base_urls.keys()
+        return frozenset(name for name in known if self._all_secrets.key(name) is not None)
 
     def _open(self, role: str, send: Send, end: End) -> Session | None:
         if role == "gate":
@@ -203,6 +211,7 @@ class Processor:
         await self._ledger.close()
         await self._keys.close()
         await self._secrets.close()
+        self._google.close()
         self._counting.close()
         self._journal.close()
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-PROVIDER_BASE_URLS = {
-    "openai": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com",
-    "gemini": "https://generativelanguage.googleapis.com",
-}
+from extproc.providers import PROVIDERS, Provider, vertex_base_url
+
+PROVIDER_BASE_URLS = {name: provider.base_url for name, provider in PROVIDERS.items() if provider.base_url is not None}
 
 GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid
 
@@ -25,7 +23,10 @@ class SettingsInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where things are and how long to wait. What callers may do is the policy's, not these settings'."""
+    """Where things are and how long to wait. What callers may do is the policy's, not these settings'.
+
+    `base_urls` has the providers that there is a place for: Azure's and Vertex's only where they are set.
+    """
 
     policy_path: Path
     redis_url: str
@@ -60,10 +61,7 @@ class Settings:
             health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
             transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
             secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
-            base_urls={
-                provider: _base_url(f"{provider.upper()}_BASE_URL", env.get(f"{provider.upper()}_BASE_URL") or default)
-                for provider, default in PROVIDER_BASE_URLS.items()
-            },
+            base_urls=_base_urls(env),
             issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
             added_issuers=tuple(_issuer_keys(env)),
             namespace=_namespace(env.get("TOLLGATE_NAMESPACE") or "tollgate"),
@@ -90,6 +88,28 @@ def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
     value = env.get(name) or choices[0]
     if value not in choices:
         raise SettingsInvalid(f"{name} must be one of {', '.join(choices)}")
+    return value
+
+
+def _base_urls(env: Mapping[str, str]) -> dict[str, str]:
+    """Of the providers that have one: as set, else as published, else made from Vertex's project and location."""
+    project = _segment(env, "TOLLGATE_VERTEX_PROJECT", "[a-z0-9][a-z0-9.:-]{0,99}", "")
+    location = _segment(env, "TOLLGATE_VERTEX_LOCATION", "[a-z][a-z0-9-]{0,62}", "global")
+
+    def default(provider: Provider) -> str | None:
+        if provider.publisher is None:
+            return provider.base_url
+        return vertex_base_url(provider.publisher, project, location) if project else None
+
+    urls = {name: env.get(one.base_url_variable) or default(one) for name, one in PROVIDERS.items()}
+    return {name: _base_url(PROVIDERS[name].base_url_variable, url) for name, url in urls.items() if url is not None}
+
+
+def _segment(env: Mapping[str, str], name: str, form: str, default: str) -> str:
+    """Part of a path and of a host: whatever else is in it could lead elsewhere."""
+    value = env.get(name) or default
+    if value and not re.fullmatch(form, value):
+        raise SettingsInvalid(f"{name} must be an identifier of Google Cloud's")
     return value
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from extproc.limits import MAX_SECRET_BYTES
+from extproc.providers import PROVIDERS as REGISTRY
 from extproc.redaction import Redactor
-from extproc.secrets import EnvironmentSource, FileSource, Secrets, SecretStore
+from extproc.secrets import EnvironmentSource, FileSource, FirstOf, Secrets, SecretStore, variable_of
 from extproc.settings import SettingsInvalid
 
 PROVIDERS = ("openai", "anthropic", "gemini")
@@ -161,3 +162,38 @@ def test_a_file_wins_over_the_environment(tmp_path: Path) -> None:
     with_files, without = (SecretStore.of(directory, env, PROVIDERS) for directory in (tmp_path, None))
     assert (with_files.key("openai"), with_files.key("gemini")) == (CANARY, "sk-gemini")
     assert (without.key("openai"), without.key("gemini")) == ("sk-environment", "sk-gemini")
+
+
+# Providers of every kind ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", REGISTRY)
+def test_every_provider_has_a_variable_of_its_own(provider: str) -> None:
+    store = SecretStore.of(None, {variable_of(provider): CANARY}, REGISTRY)
+    assert {name: store.key(name) for name in REGISTRY if store.key(name) is not None} == {provider: CANARY}
+
+
+@pytest.mark.parametrize(
+    ("env", "key"),
+    [
+        pytest.param({}, None, id="not set up"),
+        pytest.param({"LOCAL_BASE_URL": ""}, None, id="an empty variable"),
+        pytest.param({"OPENAI_BASE_URL": "http://o"}, None, id="another provider"),
+        pytest.param({"LOCAL_BASE_URL": "http://l"}, "", id="set up, without a key"),
+        pytest.param({"LOCAL_BASE_URL": "http://l", "LOCAL_API_KEY": CANARY}, CANARY, id="with a key"),
+        pytest.param({"LOCAL_API_KEY": CANARY}, CANARY, id="with a key, where it is by default"),
+    ],
+)
+def test_a_provider_that_needs_no_key_is_there_once_it_is_set_up(env: dict[str, str], key: str | None) -> None:
+    store = SecretStore.of(None, env, REGISTRY)
+    assert store.key("local") == key
+    assert store.key("openai") is None
+    assert store.values() == ((CANARY,) if key else ())
+
+
+def test_the_first_store_that_has_a_key_wins_and_all_are_redacted() -> None:
+    one = SecretStore([environment(OPENAI_API_KEY="sk-one-0123456789")])
+    two = SecretStore([environment(OPENAI_API_KEY="sk-two-0123456789", GEMINI_API_KEY="sk-gem-0123456789")])
+    both: Secrets = FirstOf(one, two)
+    assert [both.key(provider) for provider in PROVIDERS] == ["sk-one-0123456789", None, "sk-gem-0123456789"]
+    assert set(both.values()) == {"sk-one-0123456789", "sk-two-0123456789", "sk-gem-0123456789"}

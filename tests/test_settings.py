@@ -11,12 +11,24 @@ import pytest
 
 from extproc.limits import MAX_WORKERS
 from extproc.local.stack import DEFAULT_PORT
+from extproc.providers import PROVIDERS, vertex_base_url
 from extproc.secrets import variable_of
 from extproc.settings import GOOGLE_ISSUER_KEYS, PROVIDER_BASE_URLS, TRANSPORTS, Settings, SettingsInvalid
 
 DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
 
 GOOGLE = {"https://accounts.google.com": GOOGLE_ISSUER_KEYS}
+
+# What a variable says nothing without.
+ALONG = {"TOLLGATE_VERTEX_LOCATION": {"TOLLGATE_VERTEX_PROJECT": "my-project"}}
+
+
+def vertex(project: str, location: str) -> dict[str, str]:
+    return {
+        "vertex": vertex_base_url("google", project, location),
+        "vertex-anthropic": vertex_base_url("anthropic", project, location),
+    }
+
 
 # Variable to (a value, the field, what becomes of it).
 VALUES: dict[str, tuple[str, str, Any]] = {
@@ -28,9 +40,12 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_HEALTH_PORT": ("0", "health_port", 0),
     "TOLLGATE_TRANSPORT": ("grpc", "transport", "grpc"),
     "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
-    "OPENAI_BASE_URL": ("http://o:1/v2/", "base_urls", {**PROVIDER_BASE_URLS, "openai": "http://o:1/v2"}),
-    "ANTHROPIC_BASE_URL": ("http://a", "base_urls", {**PROVIDER_BASE_URLS, "anthropic": "http://a"}),
-    "GEMINI_BASE_URL": ("https://g", "base_urls", {**PROVIDER_BASE_URLS, "gemini": "https://g"}),
+    **{
+        provider.base_url_variable: ("http://o:1/v2/", "base_urls", {**PROVIDER_BASE_URLS, name: "http://o:1/v2"})
+        for name, provider in PROVIDERS.items()
+    },
+    "TOLLGATE_VERTEX_PROJECT": ("my-project", "base_urls", {**PROVIDER_BASE_URLS, **vertex("my-project", "global")}),
+    "TOLLGATE_VERTEX_LOCATION": ("eu", "base_urls", {**PROVIDER_BASE_URLS, **vertex("my-project", "eu")}),
     "TOLLGATE_ISSUER_KEYS": (
         "https://i=http://k/certs?a=b  j=https://l",
         "issuer_keys",
@@ -94,15 +109,22 @@ def test_every_variable_that_is_read_is_tested_here() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_a_variable_sets_its_field(name: str) -> None:
     value, field, expected = VALUES[name]
-    settings = Settings.from_environment({name: value})
-    assert getattr(settings, field) == expected
-    assert expected != DEFAULTS[field]
+    along = ALONG.get(name, {})
+    assert getattr(Settings.from_environment({name: value, **along}), field) == expected
+    assert getattr(Settings.from_environment(along), field) != expected
 
 
 @pytest.mark.parametrize("field", DEFAULTS)
 def test_without_variables_or_with_empty_ones_there_are_defaults(field: str) -> None:
     assert getattr(Settings.from_environment({}), field) == DEFAULTS[field]
     assert getattr(Settings.from_environment(dict.fromkeys(VALUES, "")), field) == DEFAULTS[field]
+
+
+def test_a_base_url_for_vertex_is_taken_in_place_of_project_and_location() -> None:
+    env = {"TOLLGATE_VERTEX_PROJECT": "p", "TOLLGATE_VERTEX_LOCATION": "europe-west4", "VERTEX_BASE_URL": "http://v/x"}
+    base_urls = Settings.from_environment(env).base_urls
+    assert base_urls["vertex"] == "http://v/x"
+    assert base_urls["vertex-anthropic"] == vertex_base_url("anthropic", "p", "europe-west4")
 
 
 def test_what_is_in_the_state_directory_moves_with_it() -> None:
@@ -163,6 +185,8 @@ UNUSABLE = {
         "https://o#f",
         "https://u:p@o",
     ],
+    "TOLLGATE_VERTEX_PROJECT": ["a/b", "..", "Project", "a?b", "a#b", "a%2fb", "a b", "x" * 101],
+    "TOLLGATE_VERTEX_LOCATION": ["a/b", "evil.example/", "a.b", "1", "a@b", "x" * 64],
     "TOLLGATE_ISSUER_KEYS": ["https://i", "i=", "=https://k", "i=file:///etc/passwd"],
 }
 
@@ -191,7 +215,7 @@ def rows() -> dict[str, Row]:
 
 
 def test_every_variable_has_one_row_in_the_documentation() -> None:
-    keys = {variable_of(provider) for provider in PROVIDER_BASE_URLS}
+    keys = {variable_of(provider) for provider in PROVIDERS}
     assert set(rows()) == set(VALUES) | keys | {"PORT", "TOLLGATE_WORKERS"}
 
 
@@ -200,7 +224,8 @@ def test_the_documented_default_is_the_default(name: str) -> None:
     _, field, _ = VALUES[name]
     default = DEFAULTS[field]
     if field == "base_urls":
-        default = PROVIDER_BASE_URLS[name.removesuffix("_BASE_URL").lower()]
+        defaults = {provider.base_url_variable: provider.base_url for provider in PROVIDERS.values()}
+        default = {**defaults, "TOLLGATE_VERTEX_PROJECT": None, "TOLLGATE_VERTEX_LOCATION": "global"}[name]
     if default in (None, GOOGLE):
         assert rows()[name].default == "none"
     else:

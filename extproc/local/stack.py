@@ -32,14 +32,15 @@ from extproc.local.replay import choose
 from extproc.local.valkey import LocalValkey, ValkeyFailed, free_port
 from extproc.policy import parse_policy
 from extproc.process import Child
+from extproc.providers import PROVIDERS
 from extproc.secrets import SecretStore, variable_of
-from extproc.settings import PROVIDER_BASE_URLS, Settings, SettingsInvalid
+from extproc.settings import Settings, SettingsInvalid
 from extproc.workers import cpus, default_workers, worker_socket
 
 DEFAULT_PORT = 8080
 ENV_FILE = "stack.env"
 
-_KEYS = frozenset(map(variable_of, PROVIDER_BASE_URLS))  # which only the processor needs
+_KEYS = frozenset(map(variable_of, PROVIDERS))  # which only the processor needs
 
 _READY_TIMEOUT_S = 60.0
 _ENVOY_GRACE_S = 2.0
@@ -151,7 +152,7 @@ class _Stack:
 
     async def _provider(self, parts: AsyncExitStack) -> dict[str, str]:
         """Where OpenAI's calls go: to OpenAI, to OPENAI_BASE_URL, or to the scripted provider."""
-        key = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDER_BASE_URLS).key("openai")
+        key = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDERS).key("openai")
         if self._env.get("OPENAI_BASE_URL"):
             return {} if key else {"OPENAI_API_KEY": "none"}
         if key:

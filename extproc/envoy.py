@@ -14,11 +14,13 @@ from extproc.events import (
     Command,
     ContinueRequest,
     ContinueResponse,
+    Crossing,
     DropTrailers,
     Event,
     ForwardChunk,
     ForwardRequest,
     Headers,
+    ReplaceAnswer,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -30,8 +32,25 @@ from extproc.pb import ext_proc_pb2 as pb
 
 _FILTER = "envoy.filters.http.ext_proc"
 _HOST_METADATA = "xds.upstream_host_metadata"
+_NAMESPACE = "tollgate"  # of all our metadata
+_ITINERARY = "itinerary"
 _DETAILS = "tollgate:"  # by which envoy.yaml knows our replies from its own
 _OVERWRITE = pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+_SEND, _BUFFERED, _STREAMED = pb.ProcessingMode.SEND, pb.ProcessingMode.BUFFERED, pb.ProcessingMode.STREAMED
+_MODES = {
+    # What is not said would be sent.
+    Crossing.REQUEST: pb.ProcessingMode(request_body_mode=_BUFFERED, response_header_mode=pb.ProcessingMode.SKIP),
+    Crossing.STREAM: pb.ProcessingMode(
+        request_body_mode=_BUFFERED,
+        response_header_mode=_SEND,
+        response_body_mode=_STREAMED,
+        response_trailer_mode=_SEND,
+    ),
+    Crossing.WHOLE: pb.ProcessingMode(
+        request_body_mode=_BUFFERED, response_header_mode=_SEND, response_body_mode=_BUFFERED
+    ),
+}
 
 _UNCHANGED_CHUNK = pb.ProcessingResponse(
     response_body=pb.BodyResponse(response=pb.CommonResponse())
@@ -63,10 +82,11 @@ def _pairs(headers: pb.HeaderMap) -> Headers:
 
 def _request_headers(request: pb.ProcessingRequest) -> Event:
     message = request.request_headers
-    provider = None
-    if _FILTER in request.attributes:
-        provider = _provider(request.attributes[_FILTER].fields[_HOST_METADATA].string_value)
-    return RequestHeaders(_pairs(message.headers), message.end_of_stream, provider)
+    if _FILTER not in request.attributes:
+        return RequestHeaders(_pairs(message.headers), message.end_of_stream)
+    provider = _provider(request.attributes[_FILTER].fields[_HOST_METADATA].string_value)
+    itinerary = request.metadata_context.filter_metadata[_NAMESPACE].fields[_ITINERARY].string_value
+    return RequestHeaders(_pairs(message.headers), message.end_of_stream, provider, itinerary)
 
 
 @lru_cache(maxsize=256)
@@ -76,7 +96,7 @@ def _provider(text: str) -> str | None:
         metadata = text_format.Parse(text, pb.Metadata(), allow_unknown_field=True)
     except text_format.ParseError:
         return None
-    return metadata.filter_metadata["tollgate"].fields["provider"].string_value or None
+    return metadata.filter_metadata[_NAMESPACE].fields["provider"].string_value or None
 
 
 def _request_body(request: pb.ProcessingRequest) -> Event:
@@ -120,7 +140,8 @@ def _headers_response(command: ContinueRequest | ContinueResponse) -> pb.Headers
 
 
 def _continue_request(command: ContinueRequest) -> bytes:
-    return pb.ProcessingResponse(request_headers=_headers_response(command)).SerializeToString()
+    mode = _MODES.get(command.crossing)
+    return pb.ProcessingResponse(request_headers=_headers_response(command), mode_override=mode).SerializeToString()
 
 
 def _continue_response(command: ContinueResponse) -> bytes:
@@ -132,7 +153,18 @@ def _forward_request(command: ForwardRequest) -> bytes:
         header_mutation=_mutation(command.set_headers, command.remove_headers),
         body_mutation=pb.BodyMutation(body=command.body),
     )
-    return pb.ProcessingResponse(request_body=pb.BodyResponse(response=common)).SerializeToString()
+    response = pb.ProcessingResponse(request_body=pb.BodyResponse(response=common))
+    if command.itinerary is not None:
+        response.dynamic_metadata[_NAMESPACE] = {_ITINERARY: command.itinerary}
+    return response.SerializeToString()
+
+
+def _replace_answer(command: ReplaceAnswer) -> bytes:
+    length = ("content-length", str(len(command.body)))  # of a buffered body, Envoy insists on the right one
+    common = pb.CommonResponse(
+        header_mutation=_mutation((*command.set_headers, length)), body_mutation=pb.BodyMutation(body=command.body)
+    )
+    return pb.ProcessingResponse(response_body=pb.BodyResponse(response=common)).SerializeToString()
 
 
 def _forward_chunk(command: ForwardChunk) -> bytes:
@@ -164,6 +196,7 @@ _ENCODERS: dict[type[Command], Callable[[Any], bytes]] = {
     ForwardRequest: _forward_request,
     ContinueResponse: _continue_response,
     ForwardChunk: _forward_chunk,
+    ReplaceAnswer: _replace_answer,
     DropTrailers: _drop_trailers,
     Reply: _reply,
 }

@@ -7,6 +7,7 @@ do, in order. Header values are text: HTTP's octets, decoded as Latin-1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import NamedTuple
 
 from extproc.records import Amount, BudgetWindow, Hold, HoldAsk, HoldRefusal, Lease, Settlement, Target, UsageRecord
@@ -19,11 +20,15 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class RequestHeaders:
-    """The request line and headers. `end`: there is no body. `provider` is set only where a target is asked."""
+    """The request line and headers. `end`: there is no body.
+
+    Where a target is asked, `provider` is its endpoint's, and `itinerary` what the gate said (`ForwardRequest`).
+    """
 
     headers: Headers
     end: bool
     provider: str | None = None
+    itinerary: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +115,34 @@ Event = (
 # Commands that answer Envoy's message ---------------------------------------------------------------------------------
 
 
+class Crossing(Enum):
+    """What of an attempt comes to its target besides the request's headers."""
+
+    NOTHING = auto()
+    REQUEST = auto()  # the request's body
+    STREAM = auto()  # that, and the answer, chunk by chunk
+    WHOLE = auto()  # that, and the answer, whole: only then does it go on
+    FIRST_CHUNK = auto()  # of the answer, whose headers wait for it; with the request's body or without
+    REQUEST_AND_FIRST_CHUNK = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class ContinueRequest:
     """Go on to the body, or, where a target answers, to the provider with these changes."""
 
     set_headers: Headers = ()
     remove_headers: tuple[str, ...] = ()
+    crossing: Crossing = Crossing.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """Send this body on, in place of the caller's."""
+    """Send this body on, in place of the caller's. `itinerary` is for the targets of all attempts to come."""
 
     body: bytes
     set_headers: Headers = ()
     remove_headers: tuple[str, ...] = ()
+    itinerary: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +157,14 @@ class ForwardChunk(NamedTuple):
     """Send this in place of the chunk; None leaves the chunk as it is."""
 
     body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceAnswer:
+    """Send this in place of a whole answer (`Crossing.WHOLE`), whose headers still wait."""
+
+    body: bytes
+    set_headers: Headers = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +188,7 @@ class Reply:
 
 
 ASKS = (RequestHeaders, RequestBody, ResponseHeaders, ResponseBody, ResponseTrailers)  # Envoy's own messages
-ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, DropTrailers, Reply)
+ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, ReplaceAnswer, DropTrailers, Reply)
 
 
 # Commands to everything else ------------------------------------------------------------------------------------------
@@ -235,6 +261,7 @@ Command = (
     | ForwardRequest
     | ContinueResponse
     | ForwardChunk
+    | ReplaceAnswer
     | DropTrailers
     | Reply
     | RefreshKeys

@@ -1,15 +1,16 @@
 """What a call costs, in integer nano-USD: by the policy's prices, else the price data, else the policy's ceiling.
 
-The data is genai-prices' own snapshot, as installed: nothing is fetched. What it says is resolved once a day and model.
+The data is genai-prices' own snapshot, as installed: nothing is fetched. What it says of a model is resolved once every
+half hour, since some providers are cheaper at night.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from decimal import ROUND_CEILING, Decimal
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 
 import genai_prices
@@ -17,15 +18,18 @@ from genai_prices.data_snapshot import get_snapshot
 from genai_prices.types import ModelInfo, ModelPrice, Provider, TieredPrices
 
 from extproc.errors import BadRequest
-from extproc.limits import MAX_CACHED_PRICES, MAX_ERROR_FIELD_CHARS
+from extproc.limits import MAX_CACHED_PRICES, MAX_ERROR_FIELD_CHARS, PRICE_PERIOD_S
 from extproc.policy import ANY, NANOUSD_PER_USD, most_specific
+from extproc.providers import PROVIDERS
 from extproc.records import PriceRule, Target, Usage
 
 TOKENS_PER_PRICE = 1_000_000
 
-_PROVIDER_IDS = {"openai": "openai", "anthropic": "anthropic", "gemini": "google"}
+_PRICE_IDS = tuple(sorted({one.price_id for one in PROVIDERS.values() if one.price_id is not None}))
+_TIERS = ("service_tier", "speed")  # what a price may depend on that a caller asks for and an answer reports
 _STANDARD, _ANY_TIER = "default", "auto"
 _STANDARD_TIERS = frozenset({_STANDARD, "standard", "on_demand", "scale"})  # the providers' names for plain prices
+_EMBEDDING = "embed"
 _VERSION_CHARS = 12
 
 
@@ -63,7 +67,7 @@ class Price:
 
     def cost(self, usage: Usage, web_searches: int = 0) -> int:
         """Nano-USD, exact but for being rounded up once. What a kind claims beyond the whole is not billed twice."""
-        rates = self._rates(usage.prompt)
+        rates = self.rates(usage.prompt)
         cached = min(usage.cached_prompt, usage.prompt)
         written = min(usage.cache_write_prompt, usage.prompt - cached)
         audio_in = min(usage.audio_prompt, usage.prompt - cached - written)
@@ -80,15 +84,36 @@ class Price:
 
     def hold_cost(self, prompt_tokens: int, completion_tokens: int, web_searches: int = 0) -> int:
         """Nano-USD: at least the cost of any usage of so many tokens, whatever kinds they turn out to be."""
-        rates = self._rates(prompt_tokens)
+        rates = self.rates(prompt_tokens)
         billed = prompt_tokens * rates.dearest_input + completion_tokens * rates.dearest_output
         return -(-billed // TOKENS_PER_PRICE) + web_searches * self.web_search_nanousd
 
-    def _rates(self, prompt_tokens: int) -> Rates:
+    def rates(self, prompt_tokens: int) -> Rates:
+        """What a call with a prompt of this length costs."""
         for rates in self.bands:
             if prompt_tokens > rates.above_prompt_tokens:
                 return rates
         return self.bands[-1]
+
+
+def dearest(prices: Iterable[Price]) -> Price:
+    """At least as dear as each of `prices`, whatever is used: for a hold while any of several targets may answer.
+
+    Raises ValueError where there is none.
+    """
+    every = tuple(dict.fromkeys(prices))
+    if len(every) == 1:
+        return every[0]
+    starts = {rates.above_prompt_tokens for price in every for rates in price.bands}
+    bands = tuple(_dearest_rates(every, above) for above in sorted(starts, reverse=True))
+    return Price("dearest", bands, max(price.web_search_nanousd for price in every))
+
+
+def _dearest_rates(prices: Iterable[Price], above: int) -> Rates:
+    """Of each kind the dearest rate, for prompts just above a threshold: up to the next one all prices are constant."""
+    rates = [price.rates(above + 1) for price in prices]
+    kinds = ("input", "cached_input", "cache_write", "audio_input", "output", "audio_output")
+    return Rates(above, *(max(getattr(one, kind) for one in rates) for kind in kinds))
 
 
 class PriceBook:
@@ -98,7 +123,7 @@ class PriceBook:
         self._ceiling = next((rule for rule in rules if rule.pattern == ANY), None)
         self._overrides = tuple(rule for rule in rules if rule.pattern != ANY)
         self._now = now
-        self._day = date.min
+        self._period = 0
         self._prices: dict[tuple[Target, str], Price] = {}
 
     def price(self, target: Target, service_tier: str | None) -> Price:
@@ -109,8 +134,9 @@ class PriceBook:
         Raises BadRequest (`model_price_unknown`) where nothing says what the model costs.
         """
         now = self._now().astimezone(UTC)
-        if now.date() != self._day or len(self._prices) >= MAX_CACHED_PRICES:
-            self._day = now.date()
+        period = int(now.timestamp()) // PRICE_PERIOD_S
+        if period != self._period or len(self._prices) >= MAX_CACHED_PRICES:
+            self._period = period
             self._prices.clear()
         tier = _tier(service_tier)
         price = self._prices.get((target, tier))
@@ -119,45 +145,52 @@ class PriceBook:
         return price
 
     def _resolve(self, target: Target, tier: str, now: datetime) -> Price:
-        provider = _provider(target.provider)
+        price_id = PROVIDERS[target.provider].price_id
         override = most_specific(self._overrides, f"{target.provider}/{target.model}", target.model)
         if override is not None:
-            return _policy_price(override, f"policy-{_hash(override)}", provider, now)
-        if (price := _data_price(provider, target.model, tier, now)) is not None:
+            return _policy_price(override, f"policy-{_hash(override)}", price_id, now)
+        if price_id is None:
+            return _OWN_MACHINE
+        if (price := _data_price(price_id, target.model, tier, now)) is not None:
             return price
         if self._ceiling is not None:
-            return _policy_price(self._ceiling, "policy-ceiling", provider, now)
+            return _policy_price(self._ceiling, "policy-ceiling", price_id, now)
         name = ascii(target.model[:MAX_ERROR_FIELD_CHARS])
         raise BadRequest(f"The price of the model {name} is not known.", code="model_price_unknown", param="model")
+
+
+# A server of one's own bills nothing. What it is worth, the policy may say.
+_OWN_MACHINE = Price("own-machine", (Rates(-1, 0, 0, 0, 0, 0, 0),), 0)
 
 
 def _hash(rule: PriceRule) -> str:
     return sha256(repr(rule).encode()).hexdigest()[:_VERSION_CHARS]
 
 
-def _policy_price(rule: PriceRule, version: str, provider: Provider, now: datetime) -> Price:
+def _policy_price(rule: PriceRule, version: str, price_id: str | None, now: datetime) -> Price:
     """One rate for all input and one for all output, but for what was read from the cache."""
     input_rate, output_rate = rule.input_nanousd_per_mtok, rule.output_nanousd_per_mtok
     cached = input_rate if rule.cached_input_nanousd_per_mtok is None else rule.cached_input_nanousd_per_mtok
     rates = Rates(-1, input_rate, cached, input_rate, input_rate, output_rate, output_rate)
-    return Price(version, (rates,), _dearest_search(provider, now))
+    return Price(version, (rates,), _dearest_search(price_id, now.date()))
 
 
 # The price data -------------------------------------------------------------------------------------------------------
 
 
-def _provider(name: str) -> Provider:
-    return next(provider for provider in get_snapshot().providers if provider.id == _PROVIDER_IDS[name])
+@cache
+def _provider(price_id: str) -> Provider:
+    return next(provider for provider in get_snapshot().providers if provider.id == price_id)
 
 
 @cache
 def _known_tiers() -> frozenset[str]:
-    models = (model for name in _PROVIDER_IDS for model in _provider(name).models)
-    return frozenset(name for model in models for name in _tiers(model))
+    variants = (variant for name in _PRICE_IDS for model in _provider(name).models for variant in _variants(model))
+    return frozenset(variant[axis] for variant in variants for axis in _TIERS if axis in variant)
 
 
-def _tiers(model: ModelInfo) -> set[str]:
-    return {v.when["service_tier"] for v in model.price_variants or () if "service_tier" in v.when}
+def _variants(model: ModelInfo) -> list[Mapping[str, str]]:
+    return [variant.when for variant in model.price_variants or ()]
 
 
 def _tier(service_tier: str | None) -> str:
@@ -167,27 +200,37 @@ def _tier(service_tier: str | None) -> str:
     return service_tier if service_tier in _known_tiers() else _ANY_TIER
 
 
-def _data_price(provider: Provider, model: str, tier: str, now: datetime) -> Price | None:
-    info = provider.find_model(model, all_providers=get_snapshot().providers)
+def _data_price(price_id: str, model: str, tier: str, now: datetime) -> Price | None:
+    info = _provider(price_id).find_model(model, all_providers=get_snapshot().providers)
     if info is None:
         return None
     prices = [info.get_prices(now, context) for context in _contexts(info, tier)]
-    if any(price.input_mtok is None or price.output_mtok is None for price in prices):
-        return None  # sold by the hour, the picture or the character, which a chat's usage does not say
+    if not all(_sold_by_token(info, price) for price in prices):
+        return None
     starts = {-1}.union(*map(_starts, prices))
     bands = tuple(_rates(prices, above) for above in sorted(starts, reverse=True))
     searches = [_nanousd(price.web_searches_kcount, 0, per=1000) for price in prices]
-    search = max(searches) or _dearest_search(provider, now)
+    search = max(searches) or _dearest_search(price_id, now.date())
     return Price(f"genai-prices-{genai_prices.__version__}", bands, search)
 
 
+def _sold_by_token(info: ModelInfo, price: ModelPrice) -> bool:
+    """And not by the hour, the picture, the page or the character, which a usage does not say.
+
+    Input alone is what embeddings are sold by. Others of which the data says no more (old completion models, judges,
+    summaries) write answers that somebody is billed for.
+    """
+    return price.input_mtok is not None and (price.output_mtok is not None or _EMBEDDING in info.id)
+
+
 def _contexts(info: ModelInfo, tier: str) -> list[dict[str, str]]:
-    """The tiers that may be billed."""
+    """The tiers that may be billed. Only a service tier is ever left to the provider."""
     if tier == _STANDARD:
         return [{}]
     if tier == _ANY_TIER:
-        return [{}, *({"service_tier": name} for name in sorted(_tiers(info)))]
-    return [{"service_tier": tier}]
+        names = {variant["service_tier"] for variant in _variants(info) if "service_tier" in variant}
+        return [{}, *({"service_tier": name} for name in sorted(names))]
+    return [dict.fromkeys(_TIERS, tier)]
 
 
 def _starts(price: ModelPrice) -> set[int]:
@@ -228,6 +271,18 @@ def _nanousd(price: Decimal | TieredPrices | None, prompt_tokens: int, per: int 
     return int(((price or Decimal(0)) * NANOUSD_PER_USD / per).to_integral_value(ROUND_CEILING))
 
 
-def _dearest_search(provider: Provider, now: datetime) -> int:
-    """Where a model's own price of a web search is not known: the dearest that its provider has, never nothing."""
-    return max(_nanousd(model.get_prices(now).web_searches_kcount, 0, per=1000) for model in provider.models)
+@lru_cache(maxsize=2 * len(PROVIDERS))
+def _dearest_search(price_id: str | None, day: date) -> int:
+    """Where a model's own price of a web search is not known: the dearest that its provider has, never nothing.
+
+    A provider that publishes none is taken to search as dear as any. A server of one's own searches nothing.
+    """
+    if price_id is None:
+        return 0
+    return _dearest_search_of(price_id, day) or max(_dearest_search_of(name, day) for name in _PRICE_IDS)
+
+
+def _dearest_search_of(price_id: str, day: date) -> int:
+    now = datetime.combine(day, time.min, UTC)
+    models = _provider(price_id).models
+    return max(_nanousd(model.get_prices(now).web_searches_kcount, 0, per=1000) for model in models)

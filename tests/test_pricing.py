@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
 
@@ -9,16 +10,16 @@ import genai_prices
 import pytest
 from genai_prices import calc_price
 from genai_prices.data_snapshot import get_snapshot
-from genai_prices.types import StartDateConstraint
+from genai_prices.types import StartDateConstraint, TimeOfDateConstraint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc import pricing
 from extproc.errors import BadRequest
-from extproc.limits import MAX_CACHED_PRICES
-from extproc.pricing import Price, PriceBook, Rates
+from extproc.limits import MAX_CACHED_PRICES, PRICE_PERIOD_S
+from extproc.pricing import Price, PriceBook, Rates, dearest
+from extproc.providers import PROVIDERS
 from extproc.records import PriceRule, Target, Usage
-from extproc.settings import PROVIDER_BASE_URLS
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 GPT_4O = Target("openai", "gpt-4o")
@@ -32,7 +33,20 @@ def book(*rules: PriceRule, now: datetime = NOW) -> PriceBook:
 
 # Against the library -------------------------------------------------------------------------------------------------
 
-GENAI_PROVIDERS = {"openai": "openai", "anthropic": "anthropic", "gemini": "google"}
+GENAI_PROVIDERS = {
+    "openai": "openai",
+    "anthropic": "anthropic",
+    "gemini": "google",
+    "vertex": "google",
+    "vertex-anthropic": "google",
+    "azure": "azure",
+    "groq": "groq",
+    "mistral": "mistral",
+    "deepseek": "deepseek",
+    "xai": "x-ai",
+    "together": "together",
+    "openrouter": "openrouter",
+}
 
 TARGETS = [
     Target("openai", "gpt-3.5-turbo"),
@@ -54,7 +68,22 @@ TARGETS = [
     Target("anthropic", "claude-haiku-5-5"),
     Target("gemini", "gemini-2.5-pro"),
     Target("gemini", "gemini-2.5-flash"),
-    Target("gemini", "claude-sonnet-4-5"),  # borrowed from Anthropic's list
+    Target("gemini", "claude-sonnet-4-5"),  # on Google's own list
+    Target("vertex", "gemini-2.5-pro"),
+    Target("vertex-anthropic", "claude-sonnet-4-5@20250929"),
+    Target("vertex-anthropic", "claude-opus-5-5"),
+    Target("vertex-anthropic", "claude-sonnet-5"),  # borrowed from Anthropic's list
+    Target("azure", "o3-mini"),
+    Target("azure", "gpt-4o"),  # borrowed from OpenAI's list
+    Target("groq", "llama-3.3-70b-versatile"),
+    Target("groq", "openai/gpt-oss-120b"),
+    Target("mistral", "mistral-large-latest"),
+    Target("deepseek", "deepseek-v4-pro"),
+    Target("xai", "grok-4"),
+    Target("xai", "grok-4-fast"),
+    Target("together", "meta-llama/Llama-3.3-70B-Instruct-Turbo"),
+    Target("openrouter", "anthropic/claude-sonnet-4.5"),
+    Target("openrouter", "openai/gpt-4o"),
 ]
 
 USAGES = {
@@ -73,7 +102,14 @@ USAGES = {
 }
 
 
-def library(target: Target, usage: Usage, tier: str | None = None, web_searches: int = 0, **kinds: int) -> int:
+def library(
+    target: Target,
+    usage: Usage,
+    tier: str | None = None,
+    web_searches: int = 0,
+    now: datetime = NOW,
+    **kinds: int,
+) -> int:
     theirs = genai_prices.Usage(
         input_tokens=usage.prompt,
         output_tokens=usage.completion,
@@ -86,8 +122,8 @@ def library(target: Target, usage: Usage, tier: str | None = None, web_searches:
         theirs,
         target.model,
         provider_id=GENAI_PROVIDERS[target.provider],
-        genai_request_timestamp=NOW,
-        price_context=None if tier is None else {"service_tier": tier},
+        genai_request_timestamp=now,
+        price_context=None if tier is None else {"service_tier": tier, "speed": tier},
     )
     return int((price.total_price * 10**9).to_integral_value(ROUND_CEILING))
 
@@ -126,17 +162,37 @@ def test_web_searches_cost_what_the_library_says(model: str) -> None:
     assert book().price(target, None).cost(usage, 3) == library(target, usage, web_searches=3)
 
 
-def test_the_snapshot_has_only_what_is_understood_here() -> None:
-    """Guards the once-a-day resolution, and that a provider's id is known: a new version of the data may break both."""
-    assert pricing._PROVIDER_IDS == GENAI_PROVIDERS
-    assert PROVIDER_BASE_URLS.keys() == GENAI_PROVIDERS.keys()
+def test_prices_are_those_of_a_provider_that_the_data_has() -> None:
+    assert {name: one.price_id for name, one in PROVIDERS.items()} == {**GENAI_PROVIDERS, "local": None}
+    assert set(GENAI_PROVIDERS.values()) <= {provider.id for provider in get_snapshot().providers}
+
+
+def test_the_snapshot_changes_prices_only_where_they_are_resolved_anew() -> None:
+    """Guards the half hours for which a resolved price is kept: a new version of the data may break them."""
     for provider in get_snapshot().providers:
         if provider.id not in GENAI_PROVIDERS.values():
             continue
         for model in provider.models:
             prices = model.prices if isinstance(model.prices, list) else []
             for constraint in [entry.constraint for entry in (*prices, *(model.price_variants or ()))]:
-                assert constraint is None or isinstance(constraint, StartDateConstraint), model.id
+                if isinstance(constraint, TimeOfDateConstraint):
+                    for moment in (constraint.start_time, constraint.end_time):
+                        assert (moment.hour * 3600 + moment.minute * 60 + moment.second) % PRICE_PERIOD_S == 0, model.id
+                else:
+                    assert constraint is None or isinstance(constraint, StartDateConstraint), model.id
+
+
+@pytest.mark.parametrize("model", ["claude-opus-4-8", "claude-opus-5-5", "claude-fable-5-2", "claude-mythos-5-2"])
+def test_a_faster_answer_costs_what_the_library_says(model: str) -> None:
+    target, usage = Target("anthropic", model), Usage(1_000, 500)
+    fast = book().price(target, "fast").cost(usage)
+    assert fast == library(target, usage, "fast")
+    assert fast > book().price(target, None).cost(usage)
+
+
+def test_a_tier_left_open_is_not_the_faster_answer_that_only_a_caller_can_ask_for() -> None:
+    target = Target("anthropic", "claude-opus-5-5")
+    assert book().price(target, "auto") == book().price(target, None)
 
 
 # Tiers that may be billed --------------------------------------------------------------------------------------------
@@ -200,14 +256,47 @@ def test_an_override_of_cached_input() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["my-own-model", "", "text-embedding-3-small", "whisper-1", "tts-1", "omni-moderation-latest", "x" * 5_000],
+    [
+        *("openai/my-own-model", "openai/", "openai/whisper-1", "openai/tts-1", "openai/omni-moderation-latest"),
+        *("groq/whisper-large-v3", "groq/canopylabs/orpheus-v1-english", "xai/grok-voice-latest"),
+        *("mistral/mistral-ocr-latest", "mistral/voxtral-mini-transcribe-3-0", "openrouter/scaledown/summarize"),
+        *("azure/davinci", "azure/my-deployment", "openrouter/google/gemma-3-27b-it:free", f"openai/{'x' * 5_000}"),
+    ],
     ids=lambda model: model[:30],
 )
 def test_an_unknown_price_is_an_error_never_zero(model: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        book(PriceRule("gpt-*", 0, 0)).price(Target("openai", model), None)
+        book(PriceRule("gpt-*", 0, 0)).price(Target(*model.split("/", 1)), None)
     assert (caught.value.code, caught.value.param) == ("model_price_unknown", "model")
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("openai/text-embedding-3-small", "openai/text-embedding-ada-002", "azure/text-embedding-3-large"),
+        *("mistral/codestral-embed-2505", "gemini/gemini-embedding-001"),
+    ],
+)
+def test_an_embedding_costs_its_input_and_has_no_output(model: str) -> None:
+    target, usage = Target(*model.split("/", 1)), Usage(1_237, 0)
+    price = book().price(target, None)
+    assert price.cost(usage) == library(target, usage) > 0
+    assert price.hold_cost(1_237, 0) == price.hold_cost(1_237, 999)
+
+
+@pytest.mark.parametrize(
+    ("rules", "version", "cost"),
+    [
+        pytest.param([], "own-machine", 0, id="free"),
+        pytest.param([CEILING], "own-machine", 0, id="the ceiling is for what is not known"),
+        pytest.param([PriceRule("local/*", 10**9, 10**9)], "policy-", 2_000_000, id="the policy says what it is worth"),
+    ],
+)
+def test_a_server_of_ones_own_bills_nothing(rules: list[PriceRule], version: str, cost: int) -> None:
+    price = book(*rules).price(Target("local", "gpt-4o"), None)
+    assert price.version.startswith(version)
+    assert price.cost(Usage(1_000, 1_000), web_searches=1) == cost
 
 
 @pytest.mark.parametrize("provider", GENAI_PROVIDERS)
@@ -228,6 +317,19 @@ def test_a_price_changes_on_its_date_and_is_cached_until_then() -> None:
     now[0] += timedelta(minutes=1)
     after = prices.price(target, None)
     assert [price.bands[-1].input for price in (before, after)] == [5 * 10**9, 4 * 10**9]
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4-pro", "deepseek-v4-flash", "deepseek-flash", "deepseek-chat"])
+def test_a_price_changes_in_the_day_as_the_library_says(model: str) -> None:
+    now = [NOW.replace(hour=0, minute=0)]
+    prices, target, usage = PriceBook((), lambda: now[0]), Target("deepseek", model), Usage(1_000_000, 1_000_000)
+    costs = set()
+    for _ in range(96):
+        cost = prices.price(target, None).cost(usage)
+        assert cost == library(target, usage, now=now[0]), now[0]
+        costs.add(cost)
+        now[0] += timedelta(minutes=15)
+    assert len(costs) == 2
 
 
 def test_the_day_is_utcs() -> None:
@@ -272,7 +374,7 @@ def test_a_sum_is_rounded_up_once() -> None:
     ],
 )
 def test_kinds_never_add_up_to_more_than_the_whole(usage: Usage, expected: int) -> None:
-    million = Usage(**{name: getattr(usage, name) * 1_000_000 for name in Usage.__dataclass_fields__})
+    million = Usage(**{name: value * 1_000_000 for name, value in asdict(usage).items() if value is not None})
     assert Price("v", (FLAT,), 0).cost(million) == expected
 
 
@@ -290,6 +392,42 @@ def test_a_hold_covers_whatever_is_billed(bands: list[Rates], base: Rates, usage
     ordered = sorted(bands, key=lambda rates: rates.above_prompt_tokens, reverse=True)
     price = Price("v", (*ordered, base), 123)
     assert price.hold_cost(usage.prompt, usage.completion, searches) >= price.cost(usage, searches) >= 0
+
+
+def _prices() -> st.SearchStrategy[Price]:
+    bands = st.lists(st.builds(Rates, st.integers(1, 10**6), *[_RATE] * 6), max_size=3)
+    base = st.builds(Rates, st.just(-1), *[_RATE] * 6)
+    return st.builds(
+        lambda bands, base, search: Price(
+            "v", (*sorted(bands, key=lambda rates: rates.above_prompt_tokens, reverse=True), base), search
+        ),
+        bands,
+        base,
+        st.integers(0, 10**9),
+    )
+
+
+@given(st.lists(_prices(), min_size=1, max_size=4), st.data())
+def test_the_dearest_of_several_is_never_less_than_one_of_them(several: list[Price], data: st.DataObject) -> None:
+    top = dearest(several)
+    thresholds = [rates.above_prompt_tokens + more for price in several for rates in price.bands for more in (0, 1, 2)]
+    usage = data.draw(st.builds(Usage, st.one_of(_TOKENS, st.sampled_from([max(0, t) for t in thresholds])), _TOKENS))
+    for price in several:
+        assert top.hold_cost(usage.prompt, usage.completion, 2) >= price.hold_cost(usage.prompt, usage.completion, 2)
+        for kind in Rates.__dataclass_fields__.keys() - {"above_prompt_tokens"}:
+            assert getattr(top.rates(usage.prompt), kind) >= getattr(price.rates(usage.prompt), kind)
+    dearest_input = max(price.rates(usage.prompt).dearest_input for price in several)
+    assert top.rates(usage.prompt).dearest_input == dearest_input  # and no more than it must be
+
+
+def test_the_dearest_of_one_is_itself() -> None:
+    price = book().price(GPT_4O, None)
+    assert dearest([price, price]) is price
+
+
+def test_there_is_no_dearest_of_none() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        dearest([])
 
 
 @given(_TOKENS, _TOKENS, _TOKENS)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import yaml
@@ -29,11 +30,18 @@ from extproc.local.http import Server
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.provider import Received, Script, ScriptedProvider
 from extproc.local.valkey import LocalValkey, free_port
+from extproc.providers import PROVIDERS
 from extproc.records import Balance, UsageRecord
 
 AUDIENCE = "https://tollgate.test"
 SERVICE = "ranker@test.iam.gserviceaccount.com"
-PROVIDER_KEY = "sk-canary-0123456789abcdef"
+PROVIDER_KEY = "sk-canary-0123456789abcdef"  # OpenAI's
+
+
+def key_of(provider: str) -> str:
+    """A provider's key: a canary, which must reach nobody else."""
+    return PROVIDER_KEY if provider == "openai" else f"canary-{provider}-0123456789abcdef"
+
 
 POLICY = """\
 identity:
@@ -123,11 +131,11 @@ class Processor:
 
 @dataclass
 class Rig:
-    """A running gateway. `script` decides what the provider answers; replace it at any time."""
+    """A running gateway. `provider` is OpenAI's stand-in, `providers` are all of them by name."""
 
     directory: Path
     valkey: LocalValkey
-    provider: ScriptedProvider
+    providers: Mapping[str, ScriptedProvider]
     issuer: DevIssuer
     keys: Server
     processors: list[Processor]
@@ -136,8 +144,8 @@ class Rig:
     admin_port: int
     namespace: str
     policy_path: Path
-    scripts: list[Callable[[Received], Script]] = field(default_factory=list)
-    played: list[tuple[Received, Script]] = field(default_factory=list)  # what the provider was asked and answered
+    scripts: dict[str, Callable[[Received], Script]] = field(default_factory=dict)
+    played: list[tuple[Received, Script]] = field(default_factory=list)  # what the providers were asked and answered
     minted: list[str] = field(default_factory=list)  # every ID token, for canaries
     told: list[Told] = field(default_factory=list)  # everything that `ask` was told
 
@@ -145,9 +153,13 @@ class Rig:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def answer(self, script: Script | Callable[[Received], Script]) -> None:
-        """What the provider answers from now on."""
-        self.scripts[:] = [script if callable(script) else lambda _: script]
+    @property
+    def provider(self) -> ScriptedProvider:
+        return self.providers["openai"]
+
+    def answer(self, script: Script | Callable[[Received], Script], provider: str = "openai") -> None:
+        """What a provider answers from now on."""
+        self.scripts[provider] = script if callable(script) else lambda _: script
 
     def token(self, email: str = SERVICE, **claims: Any) -> str:
         token = self.issuer.mint(email, AUDIENCE, 3600, time.time(), **claims)
@@ -303,28 +315,35 @@ async def running(
     processors: int = 1,
     environment: Mapping[str, str] | None = None,
     base_url: Callable[[ScriptedProvider], str] | None = None,
+    providers: tuple[str, ...] = ("openai",),
     places: Mapping[str, Any] | None = None,
     tls: Any = None,
     tune: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[Rig]:
     """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration."""
-    scripts: list[Callable[[Received], Script]] = []
+    scripts: dict[str, Callable[[Received], Script]] = {}
     played: list[tuple[Received, Script]] = []
 
-    def choose(request: Received) -> Script:
-        script = scripts[0](request)
-        played.append((request, script))
-        return script
+    def chooser(name: str) -> Callable[[Received], Script]:
+        def choose(request: Received) -> Script:
+            script = scripts[name](request)
+            played.append((request, script))
+            return script
 
-    provider = ScriptedProvider(choose)
-    await provider.start(tls)
+        return choose
+
+    scripted = {name: ScriptedProvider(chooser(name)) for name in providers}
+    for one in scripted.values():
+        await one.start(tls)
     issuer = DevIssuer.open(directory)
     keys = await serve_certificates(issuer)
     valkey = LocalValkey(directory / "valkey", appendonly=True).start()
     policy_path = directory / "policy.yaml"
     policy_path.write_text(policy or POLICY + budgets)
     port, admin_port = free_port(), free_port()
-    provider_url = base_url(provider) if base_url else f"http://127.0.0.1:{provider.port}/v1"
+    urls = {name: _base_url(name, one) for name, one in scripted.items()}
+    if base_url:
+        urls["openai"] = base_url(scripted["openai"])
     workers = []
     for number in range(processors):
         state_dir = directory / f"p{number}"
@@ -345,8 +364,8 @@ async def running(
                         for name in (issuer.issuer, "https://accounts.google.com")
                     ),
                     "REDIS_URL": valkey.url,
-                    "OPENAI_API_KEY": PROVIDER_KEY,
-                    "OPENAI_BASE_URL": provider_url,
+                    **{PROVIDERS[name].key_variable: key_of(name) for name in providers},
+                    **{PROVIDERS[name].base_url_variable: url for name, url in urls.items()},
                     "TOLLGATE_TRANSPORT": os.environ.get("TOLLGATE_TRANSPORT", ""),  # every rig, over either
                     **(environment or {}),
                 },
@@ -357,7 +376,7 @@ async def running(
             port=port,
             admin_port=admin_port,
             sockets=[worker.socket for worker in workers],
-            base_urls={"openai": provider_url},
+            base_urls=urls,
             **(places or {}),
         )
     )
@@ -372,7 +391,7 @@ async def running(
     rig = Rig(
         directory=directory,
         valkey=valkey,
-        provider=provider,
+        providers=scripted,
         issuer=issuer,
         keys=keys,
         processors=workers,
@@ -393,9 +412,16 @@ async def running(
         await rig.envoy.wait()
         for worker in workers:
             await worker.stop(signal.SIGKILL)
-        await provider.close()
+        for one in scripted.values():
+            await one.close()
         await keys.close()
         valkey.stop()
+
+
+def _base_url(name: str, provider: ScriptedProvider) -> str:
+    """Below the same paths as the real one, if it has a place of its own."""
+    real = PROVIDERS[name].base_url or ("/v1/projects/p/locations/global/publishers/x" if "vertex" in name else "/v1")
+    return f"http://127.0.0.1:{provider.port}{urlsplit(real).path}"
 
 
 async def _start_envoy(directory: Path) -> asyncio.subprocess.Process:

@@ -135,7 +135,13 @@ def cases(root: Path) -> tuple[Case, ...]:
 
 
 @cache
-def chat_cases(stream: bool | None = None, root: Path | None = None) -> tuple[Case, ...]:
-    """The cases of OpenAI's chat completions: all there are, or those below `root`; streams, others, or both (None)."""
+def protocol_cases(protocol: str, stream: bool | None = None, root: Path | None = None) -> tuple[Case, ...]:
+    """The cases of one protocol: all there are, or those below `root`; streams, others, or both (None)."""
     present = cases(root or (COLLECTION if cases(COLLECTION) else SUBSET))
-    return tuple(c for c in present if c.protocol == "openai-chat" and stream in (None, c.stream))
+    return tuple(c for c in present if c.protocol == protocol and stream in (None, c.stream))
+
+
+@cache
+def chat_cases(stream: bool | None = None, root: Path | None = None) -> tuple[Case, ...]:
+    """The cases of OpenAI's chat completions, likewise."""
+    return protocol_cases("openai-chat", stream, root)

@@ -1,4 +1,4 @@
-"""The catalogue: names as OpenAI publishes them, dated and fine-tuned ones, unknown ones, and the policy's own word."""
+"""The catalogue: names as they are published, dated and fine-tuned ones, unknown ones, and the policy's own word."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import pytest
 import tiktoken
 from genai_prices.data_snapshot import get_snapshot
-from genai_prices.types import ModelInfo
 
 from extproc.models import CL100K, O200K, UNKNOWN, published, traits
 from extproc.records import ModelRule, ModelTraits
@@ -46,7 +45,7 @@ from extproc.records import ModelRule, ModelTraits
         ("ft:gpt-3.5-turbo:my-org:x:y", 4_096, False, CL100K),
     ],
 )
-def test_known_models(model: str, max_output_tokens: int, reasoning: bool, encoding: str) -> None:
+def test_openais_models(model: str, max_output_tokens: int, reasoning: bool, encoding: str) -> None:
     assert traits("openai", model, None) == ModelTraits(max_output_tokens, reasoning, encoding)
 
 
@@ -58,8 +57,69 @@ def test_a_name_that_only_begins_like_a_known_one_is_unknown(model: str) -> None
     assert traits("openai", model, None) == UNKNOWN
 
 
-def test_another_providers_model_is_not_looked_up_among_openais() -> None:
-    assert traits("anthropic", "gpt-4o", None) == UNKNOWN
+@pytest.mark.parametrize(
+    ("target", "max_output_tokens", "reasoning"),
+    [
+        ("anthropic/claude-3-haiku-20240307", 4_096, False),
+        ("anthropic/claude-3-5-sonnet-20241022", 8_192, False),
+        ("anthropic/claude-opus-4-1-20250805", 32_000, False),
+        ("anthropic/claude-sonnet-4-20250514", 64_000, False),
+        ("anthropic/claude-opus-4-8", 128_000, False),
+        ("anthropic/claude-opus-5", 128_000, True),
+        ("anthropic/claude-haiku-5-5", 128_000, True),
+        ("vertex-anthropic/claude-sonnet-4-5@20250929", 64_000, False),
+        ("vertex-anthropic/claude-3-5-sonnet-v2@20241022", 8_192, False),
+        ("openrouter/anthropic/claude-sonnet-4.5", 64_000, False),
+        ("openrouter/anthropic/claude-3.7-sonnet:thinking", 64_000, True),
+        ("openrouter/openai/gpt-4o:extended", 65_536, False),
+        ("openrouter/openai/gpt-4o-mini", 16_384, False),
+        ("openrouter/google/gemini-2.5-pro", 65_536, True),
+        ("openrouter/deepseek/deepseek-v4-flash", 384_000, True),
+        ("gemini/gemini-2.0-flash-001", 8_192, False),
+        ("gemini/gemini-2.0-flash-thinking-exp", 65_536, True),
+        ("gemini/gemini-2.5-flash", 65_536, True),
+        ("gemini/gemini-2.5-flash-lite-preview-09-2025", 65_536, False),
+        ("gemini/gemini-3-pro-preview", 65_536, True),
+        ("gemini/models/gemini-3.8-flash", 65_536, True),
+        ("vertex/gemini-4-argon", 65_536, True),
+        ("azure/gpt-5-mini", 128_000, True),
+        ("azure/gpt-4o", 16_384, False),
+        ("groq/llama-3.3-70b-versatile", 32_768, False),
+        ("groq/openai/gpt-oss-120b", 65_536, True),
+        ("groq/qwen/qwen3-32b", 40_960, True),
+        ("deepseek/deepseek-reasoner", 65_536, True),
+        ("mistral/mistral-large-latest", 16_384, False),
+        ("mistral/magistral-medium-2509", 40_960, True),
+        ("xai/grok-4-0709", 65_536, True),
+        ("xai/grok-4-fast-reasoning", 65_536, True),
+        ("xai/grok-4-fast-non-reasoning-latest", 65_536, False),
+        ("xai/grok-3-mini-beta", 65_536, True),
+    ],
+)
+def test_other_providers_models(target: str, max_output_tokens: int, reasoning: bool) -> None:
+    provider, _, model = target.partition("/")
+    assert traits(provider, model, None) == ModelTraits(max_output_tokens, reasoning, O200K)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "claude-opus-4-9",
+        "claude-opus-4-9-20270101",
+        "claude-opus-6",
+        "claude-3-5",
+        "gemini-2.7-pro",
+        "grok-4.8",
+        "mistral-large-4",
+    ],
+)
+def test_the_next_version_is_another_model(model: str) -> None:
+    assert traits("openrouter", model, None) == UNKNOWN
+
+
+def test_a_server_of_ones_own_calls_its_models_what_it_likes() -> None:
+    assert traits("local", "gpt-4o", None) == UNKNOWN
+    assert traits("local", "gpt-4o", ModelRule("gpt-4o", (), 500, False)) == ModelTraits(500, False, O200K)
 
 
 @pytest.mark.parametrize(
@@ -81,16 +141,19 @@ def test_the_policy_can_say_that_a_model_does_not_think() -> None:
 
 NOT_CHAT = re.compile(
     r"(text-)?(ada|babbage|curie|davinci)\b.*|.*(image|realtime|transcribe|whisper|tts|moderation|embedding|live).*"
+    r"|gemini-(nano-banana|omni|robotics).*|gemma-4.*|grok-voice.*"
 )
 
 
-def _openai() -> list[ModelInfo]:
-    return next(provider for provider in get_snapshot().providers if provider.id == "openai").models
+def _chat_models(*price_ids: str) -> list[str]:
+    providers = [provider for provider in get_snapshot().providers if provider.id in price_ids]
+    names = [model.id for provider in providers for model in provider.models]
+    return sorted({name for name in names if not NOT_CHAT.fullmatch(name)})
 
 
-@pytest.mark.parametrize("model", [model.id for model in _openai() if not NOT_CHAT.fullmatch(model.id)])
+@pytest.mark.parametrize("model", _chat_models("openai", "anthropic", "google", "x-ai"))
 def test_every_chat_model_with_a_price_is_in_the_catalogue(model: str) -> None:
-    assert published("openai", model) is not None
+    assert published("openrouter", model) is not None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from extproc.records import ModelRule, Policy, Route, Target
 
 
 def route(policy: Policy, call_model: str, forced_provider: str | None, providers: Collection[str]) -> Route:
-    """The route of a call for `call_model`. `providers` are those that this gateway speaks to.
+    """The route of a call for `call_model`: every target that may be tried, in the policy's order.
+
+    `providers` are those that this gateway has a place and a key for. What a target can do is not looked at here.
 
     `forced_provider` is the caller's `x-llm-provider`. Raises BadRequest (`model_not_found`, `provider_not_found`)
     where the policy offers no such thing, Unavailable where it does and the gateway has no way there.

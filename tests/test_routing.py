@@ -53,8 +53,18 @@ def test_a_name_with_a_patterns_characters_matches_itself() -> None:
     assert route(policy(ModelRule("m[1]", (GPT,))), "m[1]", None, ALL).targets == (GPT,)
 
 
-def test_targets_without_a_dialect_here_are_skipped() -> None:
+def test_targets_at_providers_without_a_key_are_skipped() -> None:
     assert route(policy(EXACT), "gpt-4o", None, ("anthropic",)).targets == (CLAUDE,)
+
+
+def test_all_others_stay_in_order() -> None:
+    chain = tuple(Target(name, "m") for name in ("azure", "openai", "local", "vertex", "azure"))
+    rules = policy(ModelRule("m", (*chain, Target("vertex", "*"))))
+    assert route(rules, "m", None, ("vertex", "azure", "local")).targets == (
+        *(Target("azure", "m"), Target("local", "m"), Target("vertex", "m"), Target("azure", "m")),
+        Target("vertex", "m"),
+    )
+    assert route(rules, "m", "vertex", ("vertex", "azure")).targets == (Target("vertex", "m"), Target("vertex", "m"))
 
 
 def test_no_target_left_is_unavailable() -> None:

@@ -89,6 +89,10 @@ def test_the_body_limit_is_the_processors() -> None:
     assert windows["initial_stream_window_size"] >= limits.MAX_MESSAGE_BYTES
 
 
+def test_no_watermark_towards_the_processor_which_envoy_would_die_of() -> None:
+    assert CLUSTERS["extproc"]["per_connection_buffer_limit_bytes"] == 0
+
+
 def test_connections_are_limited() -> None:
     (monitor,) = CONFIG["overload_manager"]["resource_monitors"]
     assert monitor["name"] == "envoy.resource_monitors.global_downstream_max_connections"

@@ -7,10 +7,7 @@ difference is named beside its rule; the recorded answers in `tests/streams` sho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-import orjson
 
 from extproc.dialects.dialect import NO_ADDRESS, Address
 from extproc.dialects.fields import (
@@ -27,31 +24,27 @@ from extproc.dialects.fields import (
     spliced,
     wrong_type,
 )
+from extproc.dialects.openai_parts import (
+    MESSAGE_TOKENS,
+    NAME_TOKENS,
+    REPLY_TOKENS,
+    TOOLS_TOKENS,
+    Prompt,
+    audio_tokens,
+    file_tokens,
+    image_tokens,
+    model_name,
+    prompt_for,
+    refuse_routing,
+    render_error,
+)
 from extproc.errors import BadRequest, TollgateError
-from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_MODEL_NAME_CHARS, MAX_TOKENS
+from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_TOKENS
 from extproc.records import Answer, Call, Piece, Usage
 
 CAP_FIELDS = ("max_completion_tokens", "max_tokens")
 
-# What a prompt costs besides its text. Holds are made from these, so each is an upper bound or says what it assumes.
-# The first four hold for OpenAI's own models; other providers add up to a thousand tokens of instructions of their own.
-MESSAGE_TOKENS = 4  # OpenAI's cookbook, "How to count tokens": every message is wrapped in its role
-NAME_TOKENS = 1
-REPLY_TOKENS = 3  # the answer is primed with its role
-TOOLS_TOKENS = 64  # the preamble before tool definitions
-# Images, OpenAI's guide "Images and vision": `low` is 512 px square (256 patches), `high` at most 2,500 patches,
-# `original` 10,000, each patch at most 2.46 tokens. Tiled models cost less (gpt-4o: 85 and 1,445) but for gpt-4o-mini:
-# 2,833 and 5,667 a tile, of which an image has eight at most.
-IMAGE_TOKENS = {"low": 630, "high": 6_150, "auto": 6_150, "original": 24_600}
-IMAGE_TOKENS_4O_MINI = {"low": 2_833, "high": 48_169, "auto": 48_169, "original": 48_169}
-# Audio is 10 tokens a second (OpenAI) or 12.5, from 30 s on (Mistral). Assumes no less than 1,000 bytes a second.
-AUDIO_TOKENS = 375
-AUDIO_BYTES_PER_TOKEN = 80
 EARLIER_AUDIO_TOKENS = 16_384  # an answer kept at the provider: as long as any audio model's answer may be
-# A PDF is billed for its text and an image of each page. Assumes no more than a token a byte; never above the largest
-# context that OpenAI sells.
-FILE_TOKENS = 1_500
-LARGEST_CONTEXT_TOKENS = 1_047_576
 
 # The fields that decide what a call costs.
 # fmt: off
@@ -61,10 +54,6 @@ _CALL_FIELDS = Names((
     "web_search_options",
 ))
 # fmt: on
-# Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key.
-_ROUTING_FIELDS = frozenset(
-    ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
-)
 _MESSAGE_FIELDS = Names(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
 _PART_FIELDS = Names(("type", "text", "refusal", "image_url", "input_audio", "file"))
 _OPTION_FIELDS = Names(("include_usage",))
@@ -85,10 +74,10 @@ class OpenAIChatCalls:
     def read_call(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> Call:
         """Check a parsed request. Raises BadRequest in OpenAI's words and codes, naming the field in `param`."""
         _CALL_FIELDS.refuse_misspelt(body)
-        _refuse_routing(body)
-        model = _model(body)
+        refuse_routing(body)
+        model = model_name(body)
         stream = optional(body, "stream", bool) or False
-        prompt = _Prompt(IMAGE_TOKENS_4O_MINI if "4o-mini" in model else IMAGE_TOKENS)
+        prompt = prompt_for(model, REPLY_TOKENS)
         _read_messages(body, prompt)
         _read_definitions(body, prompt)
         return Call(
@@ -172,8 +161,7 @@ class OpenAIChatCalls:
 
     def render_error(self, error: TollgateError) -> bytes:
         """The body that OpenAI's clients turn into their own exceptions, by the HTTP status."""
-        fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-        return orjson.dumps({"error": fields})
+        return render_error(error)
 
     def render_error_event(self, error: TollgateError) -> bytes:
         """An event for which OpenAI's clients raise APIError in the middle of a stream."""
@@ -198,20 +186,6 @@ def _plain_delta(event: dict[str, Any]) -> Piece | None:
 
 
 # Requests: the fields -------------------------------------------------------------------------------------------------
-
-
-def _refuse_routing(body: Mapping[str, Any]) -> None:
-    for name in body:
-        if name.casefold() in _ROUTING_FIELDS:
-            message = f"Unsupported parameter: '{name}'. Where a call goes is this gateway's policy."
-            raise BadRequest(message, code="unsupported_parameter", param=name)
-
-
-def _model(body: Mapping[str, Any]) -> str:
-    model: str = required(body, "model", str)
-    if not 1 <= len(model) <= MAX_MODEL_NAME_CHARS:
-        raise invalid("model", f"expected a name of 1 to {MAX_MODEL_NAME_CHARS} characters")
-    return model
 
 
 def _wants_usage(body: Mapping[str, Any], stream: bool) -> bool:
@@ -243,19 +217,7 @@ def _searches_web(body: Mapping[str, Any], model: str) -> bool:
 # Requests: the prompt -------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Prompt:
-    """What the provider will read, as it is found: texts to count, and tokens of all that is not text."""
-
-    image_tokens: Mapping[str, int]
-    texts: list[str] = field(default_factory=list)
-    extra: int = REPLY_TOKENS
-
-    def add_json(self, value: object) -> None:
-        self.texts.append(orjson.dumps(value).decode())
-
-
-def _read_messages(body: Mapping[str, Any], prompt: _Prompt) -> None:
+def _read_messages(body: Mapping[str, Any], prompt: Prompt) -> None:
     messages = objects(required(body, "messages", list), "messages")
     if not messages:
         raise invalid("messages", "empty array. Expected an array with minimum length 1", "empty_array")
@@ -266,7 +228,7 @@ def _read_messages(body: Mapping[str, Any], prompt: _Prompt) -> None:
         _read_message(message, f"messages[{i}].", prompt)
 
 
-def _read_message(message: dict[str, Any], where: str, prompt: _Prompt) -> None:
+def _read_message(message: dict[str, Any], where: str, prompt: Prompt) -> None:
     """Everything in a message is prompt: histories carry tool calls, refusals, reasoning, and more to come."""
     _MESSAGE_FIELDS.refuse_misspelt(message, where)
     prompt.texts.append(required(message, "role", str, where))
@@ -285,7 +247,7 @@ def _read_message(message: dict[str, Any], where: str, prompt: _Prompt) -> None:
             prompt.add_json(value)
 
 
-def _read_content(content: object, where: str, prompt: _Prompt) -> None:
+def _read_content(content: object, where: str, prompt: Prompt) -> None:
     if isinstance(content, str):
         prompt.texts.append(content)
     elif isinstance(content, list):
@@ -295,19 +257,18 @@ def _read_content(content: object, where: str, prompt: _Prompt) -> None:
         raise wrong_type(where, "one of a string or array of objects", content)
 
 
-def _read_part(part: dict[str, Any], where: str, prompt: _Prompt) -> None:
+def _read_part(part: dict[str, Any], where: str, prompt: Prompt) -> None:
     """One part of a content. A type whose cost is unknown is refused: what cannot be held for is not sent."""
     _PART_FIELDS.refuse_misspelt(part, where)
     kind = required(part, "type", str, where)
     if kind in ("text", "refusal"):
         prompt.texts.append(required(part, kind, str, where))
     elif kind == "image_url":
-        prompt.extra += _image_tokens(_unwrapped(part, kind, where, "url"), where + kind, prompt)
+        prompt.extra += image_tokens(_unwrapped(part, kind, where, "url"), f"{where}{kind}.", prompt)
     elif kind == "input_audio":
-        audio = _unwrapped(part, kind, where, "data")
-        prompt.extra += AUDIO_TOKENS + _decoded_bytes(audio["data"]) // AUDIO_BYTES_PER_TOKEN
+        prompt.extra += audio_tokens(_unwrapped(part, kind, where, "data")["data"])
     elif kind == "file":
-        prompt.extra += _file_tokens(required(part, kind, dict, where), where + kind)
+        prompt.extra += file_tokens(_file_data(required(part, kind, dict, where), where + kind))
     else:
         raise invalid(where + "type", "expected one of 'text', 'image_url', 'input_audio', 'file' and 'refusal'")
 
@@ -320,26 +281,15 @@ def _unwrapped(part: dict[str, Any], kind: str, where: str, name: str) -> dict[s
     return wrapped
 
 
-def _image_tokens(image: dict[str, Any], where: str, prompt: _Prompt) -> int:
-    detail = optional(image, "detail", str, where + ".") or "auto"
-    if detail not in prompt.image_tokens:
-        raise invalid(where + ".detail", "expected one of 'low', 'high', 'auto' and 'original'")
-    return prompt.image_tokens[detail]
-
-
-def _file_tokens(file: dict[str, Any], where: str) -> int:
+def _file_data(file: dict[str, Any], where: str) -> str:
     """A file given by id lies at the provider, of unknown size and unknown owner."""
     if "file_data" not in file:
         raise invalid(where, "files are accepted as 'file_data' only, since the cost of a stored file is not known")
-    size = _decoded_bytes(required(file, "file_data", str, where + "."))
-    return min(FILE_TOKENS + size, LARGEST_CONTEXT_TOKENS)
+    data: str = required(file, "file_data", str, where + ".")
+    return data
 
 
-def _decoded_bytes(base64_text: str) -> int:
-    return len(base64_text) * 3 // 4
-
-
-def _read_definitions(body: Mapping[str, Any], prompt: _Prompt) -> None:
+def _read_definitions(body: Mapping[str, Any], prompt: Prompt) -> None:
     """Tools, schemas and predictions: the provider writes them into the prompt in a form of its own, never longer."""
     for name in ("tools", "functions"):
         if definitions := optional(body, name, list):

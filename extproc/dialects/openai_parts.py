@@ -1,0 +1,164 @@
+"""What OpenAI's APIs share: who answers, what a prompt costs besides its text, files in data URLs, errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from extproc.dialects.fields import invalid, optional, parse, required
+from extproc.errors import BadRequest, ProviderError, TollgateError
+from extproc.limits import MAX_MODEL_NAME_CHARS
+
+# What a prompt costs besides its text. Holds are made from these, so each is an upper bound or says what it assumes.
+# The first four hold for OpenAI's own models; other providers add up to a thousand tokens of instructions of their own.
+MESSAGE_TOKENS = 4  # OpenAI's cookbook, "How to count tokens": every message is wrapped in its role
+NAME_TOKENS = 1
+REPLY_TOKENS = 3  # the answer is primed with its role
+TOOLS_TOKENS = 64  # the preamble before tool definitions
+# Images, OpenAI's guide "Images and vision": `low` is 512 px square (256 patches), `high` at most 2,500 patches,
+# `original` 10,000, each patch at most 2.46 tokens. Tiled models cost less (gpt-4o: 85 and 1,445) but for gpt-4o-mini:
+# 2,833 and 5,667 a tile, of which an image has eight at most.
+IMAGE_TOKENS = {"low": 630, "high": 6_150, "auto": 6_150, "original": 24_600}
+IMAGE_TOKENS_4O_MINI = {"low": 2_833, "high": 48_169, "auto": 48_169, "original": 48_169}
+# Audio is 10 tokens a second (OpenAI) or 12.5, from 30 s on (Mistral). Assumes no less than 1,000 bytes a second.
+AUDIO_TOKENS = 375
+AUDIO_BYTES_PER_TOKEN = 80
+# A PDF is billed for its text and an image of each page. Assumes no more than a token a byte; never above the largest
+# context that OpenAI sells.
+FILE_TOKENS = 1_500
+LARGEST_CONTEXT_TOKENS = 1_047_576
+
+# Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key.
+_ROUTING_FIELDS = frozenset(
+    ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
+)
+
+_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
+
+# OpenAI's codes in a stream's error events, which have no status of their own.
+_STATUS_OF_CODES = {
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "invalid_prompt": 400,
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "server_overloaded": 503,
+}
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+
+def refuse_routing(body: Mapping[str, Any]) -> None:
+    """Raises BadRequest for a field that would choose who answers, or who pays."""
+    for name in body:
+        if name.casefold() in _ROUTING_FIELDS:
+            message = f"Unsupported parameter: '{name}'. Where a call goes is this gateway's policy."
+            raise BadRequest(message, code="unsupported_parameter", param=name)
+
+
+def model_name(body: Mapping[str, Any]) -> str:
+    """The model asked for. Raises BadRequest where there is none, or one too long to be a name."""
+    model: str = required(body, "model", str)
+    if not 1 <= len(model) <= MAX_MODEL_NAME_CHARS:
+        raise invalid("model", f"expected a name of 1 to {MAX_MODEL_NAME_CHARS} characters")
+    return model
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What the provider will read, as it is found: texts to count, and tokens of all that is not text."""
+
+    image_tokens: Mapping[str, int]
+    extra: int = 0
+    texts: list[str] = field(default_factory=list)
+
+    def add_json(self, value: object) -> None:
+        self.texts.append(orjson.dumps(value).decode())
+
+
+def prompt_for(model: str, extra: int = 0) -> Prompt:
+    """An empty prompt for a model. `extra` is what every prompt costs there."""
+    return Prompt(IMAGE_TOKENS_4O_MINI if "4o-mini" in model else IMAGE_TOKENS, extra)
+
+
+def image_tokens(image: Mapping[str, Any], where: str, prompt: Prompt) -> int:
+    """What an image of `detail` costs at most. `where` ends with a dot."""
+    detail = optional(image, "detail", str, where) or "auto"
+    if detail not in prompt.image_tokens:
+        raise invalid(where + "detail", "expected one of 'low', 'high', 'auto' and 'original'")
+    return prompt.image_tokens[detail]
+
+
+def audio_tokens(base64_text: str) -> int:
+    """What sound costs at most."""
+    return AUDIO_TOKENS + decoded_bytes(base64_text) // AUDIO_BYTES_PER_TOKEN
+
+
+def file_tokens(base64_text: str) -> int:
+    """What a document costs at most."""
+    return min(FILE_TOKENS + decoded_bytes(base64_text), LARGEST_CONTEXT_TOKENS)
+
+
+def decoded_bytes(base64_text: str) -> int:
+    return len(base64_text) * 3 // 4
+
+
+def data_url(url: str) -> tuple[str, str] | None:
+    """(media type, base64) of a `data:` URL, None for any other."""
+    match = _DATA_URL.match(url)
+    return (match["type"].lower(), url[match.end() :]) if match else None
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def error_fields(error: TollgateError) -> dict[str, str | None]:
+    """The error object of OpenAI's APIs. Clients make their own exceptions of it, by the HTTP status."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
+def render_error(error: TollgateError) -> bytes:
+    """A body that OpenAI's clients read."""
+    return orjson.dumps({"error": error_fields(error)})
+
+
+def read_error(status: int, body: bytes) -> ProviderError:
+    """A provider's error body. Most nest it as OpenAI does; some say `{"error": text}`, `detail` or `message`."""
+    return provider_error(parse(body), status)
+
+
+def provider_error(said: object, status: int | None = None) -> ProviderError:
+    """An error object, nested under `error` or not. Without a `status`, the code tells which one stands for it."""
+    fields: dict[str, Any] = said if isinstance(said, dict) else {}
+    nested = fields.get("error")
+    inner: dict[str, Any] = nested if isinstance(nested, dict) else {}
+    code = _text(inner.get("code")) or _text(fields.get("code"))
+    candidates = (inner.get("message"), nested, fields.get("message"), fields.get("detail"))
+    message = next(filter(None, map(_text, candidates)), "The provider answered with an error.")
+    param = _text(inner.get("param")) or _text(fields.get("param"))
+    if status is None:
+        status = _status_of(inner.get("code", fields.get("code")), inner.get("type"))
+    return ProviderError(message, status=status, code=code, param=param)
+
+
+def _status_of(code: object, kind: object) -> int:
+    """OpenRouter and Groq give a number for a code, which is the status."""
+    if type(code) is int and 400 <= code <= 599:
+        return code
+    for name in (code, kind):
+        if isinstance(name, str) and name in _STATUS_OF_CODES:
+            return _STATUS_OF_CODES[name]
+    return 400 if kind == "invalid_request_error" else 500
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value or None
+    return str(value) if type(value) is int else None

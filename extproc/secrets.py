@@ -157,19 +157,20 @@ class SecretStore:
 
 
 class FirstOf:
-    """`Secrets` of several stores, of which the first that has a key wins."""
+    """`Secrets` of two stores, of which the first that has a key wins."""
 
-    def __init__(self, *stores: Secrets) -> None:
-        self._stores = stores
+    def __init__(self, first: Secrets, second: Secrets) -> None:
+        self._first = first
+        self._second = second
 
     def key(self, provider: str) -> str | None:
         """See `Secrets`."""
-        keys = (store.key(provider) for store in self._stores)
-        return next((key for key in keys if key is not None), None)
+        key = self._first.key(provider)
+        return self._second.key(provider) if key is None else key
 
     def values(self) -> tuple[str, ...]:
         """See `Secrets`."""
-        return tuple(value for store in self._stores for value in store.values())
+        return self._first.values() + self._second.values()
 
 
 def _told_from_text(values: Iterable[str]) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class Settings:
     hold_ttl_ms: int = 60_000
     ledger_timeout_ms: int = 1_000
     admission_timeout_ms: int = 3_000
+    first_byte_timeout_ms: int = 30_000
     keys_max_stale_s: int = 24 * 3600
     journal_max_mib: int = 512
     drain_timeout_s: int = 8
@@ -69,6 +70,7 @@ class Settings:
             hold_ttl_ms=_integer(env, "TOLLGATE_HOLD_TTL_MS", 60_000, 500, 3_600_000),
             ledger_timeout_ms=_integer(env, "TOLLGATE_LEDGER_TIMEOUT_MS", 1_000, 50, 60_000),
             admission_timeout_ms=_integer(env, "TOLLGATE_ADMISSION_TIMEOUT_MS", 3_000, 100, 60_000),
+            first_byte_timeout_ms=_integer(env, "TOLLGATE_FIRST_BYTE_TIMEOUT_MS", 30_000, 100, 600_000),
             keys_max_stale_s=_integer(env, "TOLLGATE_KEYS_MAX_STALE_S", 24 * 3600, 0, 30 * 24 * 3600),
             journal_max_mib=_integer(env, "TOLLGATE_JOURNAL_MAX_MIB", 512, 1, 1_000_000),
             drain_timeout_s=_integer(env, "TOLLGATE_DRAIN_TIMEOUT_S", 8, 0, 3_600),

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc import limits
-from extproc.dialects import DIALECTS, Dialect
-from extproc.dialects.openai_chat import calls as dialect
-from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.dialects import openai_parts as parts
+from extproc.dialects.openai_chat.calls import OpenAIChatCalls
 from extproc.errors import BadRequest, BudgetExhausted
+from extproc.intake import parse_json
 from extproc.metering import count_texts
 from extproc.records import Piece, Usage
 from extproc.tokens import counter
 from tests.recordings import Case, chat_cases
 
-CHAT: Dialect = OpenAIChat()
+CHAT = OpenAIChatCalls()
 HELLO = {"role": "user", "content": "Hello"}
 DATA_URL = "data:image/png;base64,AAAA"
 
@@ -39,10 +39,6 @@ def with_message(**fields: Any) -> dict[str, Any]:
     return request(messages=[{**HELLO, **fields}])
 
 
-def test_registry() -> None:
-    assert list(DIALECTS) == ["/v1/chat/completions"]
-
-
 # --- Requests: what is read -------------------------------------------------------------------------------------------
 
 
@@ -51,9 +47,9 @@ def test_a_plain_call() -> None:
     call = CHAT.read_call(body)
     assert call.body is body
     assert (call.model, call.stream, call.wants_usage, call.choices, call.cap) == ("gpt-4o", False, False, 1, None)
-    assert (call.service_tier, call.web_search) == (None, False)
+    assert (call.service_tier, call.web_searches) == (None, 0)
     assert call.prompt_texts == ("user", "Hello")
-    assert call.prompt_extra == dialect.MESSAGE_TOKENS + dialect.REPLY_TOKENS
+    assert call.prompt_extra == parts.MESSAGE_TOKENS + parts.REPLY_TOKENS
 
 
 READ: dict[str, tuple[dict[str, Any], str, object]] = {
@@ -70,10 +66,10 @@ READ: dict[str, tuple[dict[str, Any], str, object]] = {
     "both caps, the same": ({"max_tokens": 7, "max_completion_tokens": 7}, "cap", 7),
     "one cap is null": ({"max_tokens": None, "max_completion_tokens": 7}, "cap", 7),
     "service tier": ({"service_tier": "flex"}, "service_tier", "flex"),
-    "web search asked for": ({"web_search_options": {}}, "web_search", True),
-    "web search as a tool": ({"tools": [{"type": "web_search"}]}, "web_search", True),
-    "web search built in": ({"model": "gpt-4o-search-preview"}, "web_search", True),
-    "a function is no web search": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "web_search", False),
+    "web search asked for": ({"web_search_options": {}}, "web_searches", 1),
+    "web search as a tool": ({"tools": [{"type": "web_search"}]}, "web_searches", 1),
+    "web search built in": ({"model": "gpt-4o-search-preview"}, "web_searches", 1),
+    "a function is no web search": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "web_searches", 0),
 }
 
 
@@ -113,9 +109,9 @@ PDF = {"type": "file", "file": {"file_data": "A" * 4_000}}
 WAV = {"type": "input_audio", "input_audio": {"data": "A" * 8_000, "format": "wav"}}
 
 EXTRAS: dict[str, tuple[dict[str, Any], int]] = {
-    "another message": (request(messages=[HELLO, HELLO]), dialect.MESSAGE_TOKENS),
-    "a name": (with_message(name="ann"), dialect.NAME_TOKENS),
-    "tools": (request(tools=[{"type": "function"}]), dialect.TOOLS_TOKENS),
+    "another message": (request(messages=[HELLO, HELLO]), parts.MESSAGE_TOKENS),
+    "a name": (with_message(name="ann"), parts.NAME_TOKENS),
+    "tools": (request(tools=[{"type": "function"}]), parts.TOOLS_TOKENS),
     "no tools": (request(tools=[]), 0),
     "image, low": (image("low"), 630),
     "image, high": (image("high"), 6_150),
@@ -280,14 +276,14 @@ def test_any_value_is_read_or_refused(fields: dict[str, Any]) -> None:
         call = CHAT.read_call(request(**fields))
     except BadRequest:
         return
-    assert json.loads(CHAT.upstream_body(call, "m", 5))["model"] == "m"
+    assert json.loads(CHAT.upstream_body(call, orjson.dumps(request(**fields)), "m", 5))["model"] == "m"
 
 
 # --- Requests: what is sent on ----------------------------------------------------------------------------------------
 
 
 def sent(body: dict[str, Any], model: str = "gpt-4o", cap: int | None = None) -> Any:
-    return json.loads(CHAT.upstream_body(CHAT.read_call(body), model, cap))
+    return json.loads(CHAT.upstream_body(CHAT.read_call(body), orjson.dumps(body), model, cap))
 
 
 SENT: dict[str, tuple[dict[str, Any], int | None, dict[str, Any]]] = {
@@ -329,9 +325,49 @@ def test_the_model_is_the_targets() -> None:
     assert sent(request(model="fast"), model="gpt-4o-mini")["model"] == "gpt-4o-mini"
 
 
+def sent_bytes(raw: bytes, model: str = "gpt-4o", cap: int | None = None) -> bytes:
+    return CHAT.upstream_body(CHAT.read_call(parse_json(raw)), raw, model, cap)
+
+
+def test_a_body_with_nothing_to_change_is_sent_as_it_came() -> None:
+    raw = b' {"messages" : [{"role":"user","content":"hi"}],\n\t"model":"gpt-4o"} '
+    assert sent_bytes(raw) is raw
+
+
+# What a JSON parser and writer between caller and provider would change.
+KEPT: dict[str, bytes] = {
+    "a float with a zero": b"1.0",
+    "an exponent": b"1E5",
+    "more digits than a double has": b"0.1000000000000000055511151231257827",
+    "the largest integer": b"18446744073709551615",
+    "a negative zero": b"-0",
+    "an order of keys": b'{"z":1,"a":{"c":2,"b":3}}',
+    "escapes that need not be": rb'"\u0041\/\u00e9"',
+    "raw UTF-8": '"é😀"'.encode(),
+    "white space": b'{ "a" :\n[ 1,\t2 ] }',
+    "brackets in a string": rb'"}],\"stream\":{"',
+}
+
+
+@pytest.mark.parametrize("value", KEPT.values(), ids=KEPT)
+def test_what_need_not_change_stays_byte_for_byte(value: bytes) -> None:
+    message = b'[{"role":"user","content":"hi","x_new":%s}]' % value
+    raw = b'{"x_first":%s, "model": "fast", "messages":%s,"stream":true,"temperature":%s}' % (value, message, b"1.0")
+    assert sent_bytes(raw, model="gpt-4o-mini", cap=9) == (
+        b'{"x_first":%s,"model":"gpt-4o-mini","messages":%s,"stream":true,"temperature":1.0,'
+        b'"max_completion_tokens":9,"stream_options":{"include_usage":true}}' % (value, message)
+    )
+
+
+@pytest.mark.parametrize("value", KEPT.values(), ids=KEPT)
+def test_stream_options_stay_byte_for_byte(value: bytes) -> None:
+    raw = b'{"model":"m","messages":[{"role":"user"}],"stream":true,"stream_options":{"x":%s,"include_usage":null}}'
+    assert sent_bytes(raw % value, model="m") == (raw % value).replace(b"null", b"true")
+
+
 def test_sending_is_deterministic() -> None:
-    call = CHAT.read_call(request(stream=True, n=2))
-    assert CHAT.upstream_body(call, "m", 5) == CHAT.upstream_body(call, "m", 5)
+    body = request(stream=True, n=2)
+    assert sent(body, "m", 5) == sent(body, "m", 5)
 
 
 # --- Events -----------------------------------------------------------------------------------------------------------
@@ -339,6 +375,10 @@ def test_sending_is_deterministic() -> None:
 
 def delta(fields: Any, **choice: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": fields, **choice}]}
+
+
+def read(data: bytes) -> Piece:
+    return CHAT.piece_reader()(data)
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
@@ -414,7 +454,7 @@ PIECES: dict[str, tuple[Any, Piece]] = {
 
 @pytest.mark.parametrize(("event", "expected"), PIECES.values(), ids=PIECES)
 def test_event(event: Any, expected: Piece) -> None:
-    assert CHAT.read_event(json.dumps(event).encode()) == expected
+    assert read(json.dumps(event).encode()) == expected
 
 
 RAW_EVENTS = {
@@ -431,12 +471,12 @@ RAW_EVENTS = {
 
 @pytest.mark.parametrize(("data", "expected"), RAW_EVENTS.values(), ids=RAW_EVENTS)
 def test_raw_event(data: bytes, expected: Piece) -> None:
-    assert CHAT.read_event(data) == expected
+    assert read(data) == expected
 
 
 @given(JSON)
 def test_any_event_is_read(value: Any) -> None:
-    assert isinstance(CHAT.read_event(orjson.dumps({"choices": value, "usage": value, "x_groq": value})), Piece)
+    assert isinstance(read(orjson.dumps({"choices": value, "usage": value, "x_groq": value})), Piece)
 
 
 # --- Usage ------------------------------------------------------------------------------------------------------------
@@ -493,7 +533,7 @@ USAGES: dict[str, tuple[dict[str, Any], Usage | None]] = {
 
 @pytest.mark.parametrize(("usage", "expected"), USAGES.values(), ids=USAGES)
 def test_usage(usage: dict[str, Any], expected: Usage | None) -> None:
-    assert CHAT.read_event(json.dumps({"choices": [], "usage": usage}).encode()).usage == expected
+    assert read(json.dumps({"choices": [], "usage": usage}).encode()).usage == expected
     assert CHAT.read_answer(json.dumps({"choices": [], "usage": usage}).encode()).usage == expected
 
 
@@ -557,7 +597,7 @@ def test_a_hold_for_a_recorded_prompt_covers_it(case: Case) -> None:
     held = count_texts(call.prompt_texts, counter("o200k_base")) + call.prompt_extra
     assert case.usage["input"] <= held
     if not case.features & {"image-in", "audio-in", "audio-out", "document-in"}:
-        assert held <= 1.5 * case.usage["input"] + dialect.TOOLS_TOKENS + 16
+        assert held <= 1.5 * case.usage["input"] + parts.TOOLS_TOKENS + 16
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

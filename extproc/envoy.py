@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from extproc.errors import ProtocolViolation
 from extproc.events import (
+    AwaitMore,
     Command,
     ContinueRequest,
     ContinueResponse,
@@ -20,7 +21,6 @@ from extproc.events import (
     ForwardChunk,
     ForwardRequest,
     Headers,
-    ReplaceAnswer,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -41,14 +41,11 @@ _SEND, _BUFFERED, _STREAMED = pb.ProcessingMode.SEND, pb.ProcessingMode.BUFFERED
 _MODES = {
     # What is not said would be sent.
     Crossing.REQUEST: pb.ProcessingMode(request_body_mode=_BUFFERED, response_header_mode=pb.ProcessingMode.SKIP),
-    Crossing.STREAM: pb.ProcessingMode(
+    Crossing.BOTH: pb.ProcessingMode(
         request_body_mode=_BUFFERED,
         response_header_mode=_SEND,
         response_body_mode=_STREAMED,
         response_trailer_mode=_SEND,
-    ),
-    Crossing.WHOLE: pb.ProcessingMode(
-        request_body_mode=_BUFFERED, response_header_mode=_SEND, response_body_mode=_BUFFERED
     ),
 }
 
@@ -85,7 +82,7 @@ def _request_headers(request: pb.ProcessingRequest) -> Event:
     if _FILTER not in request.attributes:
         return RequestHeaders(_pairs(message.headers), message.end_of_stream)
     provider = _provider(request.attributes[_FILTER].fields[_HOST_METADATA].string_value)
-    itinerary = request.metadata_context.filter_metadata[_NAMESPACE].fields[_ITINERARY].string_value
+    itinerary = request.metadata_context.filter_metadata[_NAMESPACE].fields[_ITINERARY].string_value or None
     return RequestHeaders(_pairs(message.headers), message.end_of_stream, provider, itinerary)
 
 
@@ -159,14 +156,6 @@ def _forward_request(command: ForwardRequest) -> bytes:
     return response.SerializeToString()
 
 
-def _replace_answer(command: ReplaceAnswer) -> bytes:
-    length = ("content-length", str(len(command.body)))  # of a buffered body, Envoy insists on the right one
-    common = pb.CommonResponse(
-        header_mutation=_mutation((*command.set_headers, length)), body_mutation=pb.BodyMutation(body=command.body)
-    )
-    return pb.ProcessingResponse(response_body=pb.BodyResponse(response=common)).SerializeToString()
-
-
 def _forward_chunk(command: ForwardChunk) -> bytes:
     if command.body is None:
         return _UNCHANGED_CHUNK
@@ -174,6 +163,12 @@ def _forward_chunk(command: ForwardChunk) -> bytes:
     mutation = pb.BodyMutation(body=command.body) if command.body else pb.BodyMutation(clear_body=True)
     common = pb.CommonResponse(body_mutation=mutation)
     return pb.ProcessingResponse(response_body=pb.BodyResponse(response=common)).SerializeToString()
+
+
+def _await_more(command: AwaitMore) -> bytes:
+    response = pb.ProcessingResponse()
+    response.override_message_timeout.FromMilliseconds(command.timeout_ms)
+    return response.SerializeToString()
 
 
 def _drop_trailers(command: DropTrailers) -> bytes:
@@ -196,7 +191,7 @@ _ENCODERS: dict[type[Command], Callable[[Any], bytes]] = {
     ForwardRequest: _forward_request,
     ContinueResponse: _continue_response,
     ForwardChunk: _forward_chunk,
-    ReplaceAnswer: _replace_answer,
+    AwaitMore: _await_more,
     DropTrailers: _drop_trailers,
     Reply: _reply,
 }

@@ -120,10 +120,7 @@ class Crossing(Enum):
 
     NOTHING = auto()
     REQUEST = auto()  # the request's body
-    STREAM = auto()  # that, and the answer, chunk by chunk
-    WHOLE = auto()  # that, and the answer, whole: only then does it go on
-    FIRST_CHUNK = auto()  # of the answer, whose headers wait for it; with the request's body or without
-    REQUEST_AND_FIRST_CHUNK = auto()
+    BOTH = auto()  # that, and the whole answer as it comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +157,10 @@ class ForwardChunk(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceAnswer:
-    """Send this in place of a whole answer (`Crossing.WHOLE`), whose headers still wait."""
+class AwaitMore:
+    """The answer to Envoy's message will take this long: it waits for another message. Answers nothing by itself."""
 
-    body: bytes
-    set_headers: Headers = ()
+    timeout_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +184,7 @@ class Reply:
 
 
 ASKS = (RequestHeaders, RequestBody, ResponseHeaders, ResponseBody, ResponseTrailers)  # Envoy's own messages
-ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, ReplaceAnswer, DropTrailers, Reply)
+ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, DropTrailers, Reply)
 
 
 # Commands to everything else ------------------------------------------------------------------------------------------
@@ -261,7 +257,7 @@ Command = (
     | ForwardRequest
     | ContinueResponse
     | ForwardChunk
-    | ReplaceAnswer
+    | AwaitMore
     | DropTrailers
     | Reply
     | RefreshKeys

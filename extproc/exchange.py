@@ -20,12 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
+from math import ceil
 from typing import Any
 from urllib.parse import quote
 
 import orjson
 
-from extproc import budget, headers, limits
+from extproc import budget, endpoints, headers, limits, offers
 from extproc.allowance import Allowance
 from extproc.dialects.dialect import Dialect
 from extproc.dialects.openai_chat import OpenAIChatCalls
@@ -76,8 +77,9 @@ from extproc.events import (
 )
 from extproc.gate import Gate
 from extproc.identity import UnknownKey
+from extproc.itinerary import pick
 from extproc.metering import StreamMeter, count_texts, final_usage
-from extproc.plan import Plan, make_plan
+from extproc.plan import Candidate, Plan, make_plan
 from extproc.pricing import Price
 from extproc.records import (
     NOTHING,
@@ -96,6 +98,8 @@ from extproc.records import (
 )
 
 ROUTE_HEADER = "x-tollgate-internal-route"
+FIRST_BYTE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"  # how long an attempt may take to begin its answer
+PROVIDER_HEADER = "x-tollgate-internal-provider"  # on answers: whose endpoint Envoy asked last
 ATTEMPTS_HEADER = "x-envoy-attempt-count"
 FLAGS_HEADER = "x-tollgate-internal-flags"  # on replies that Envoy makes itself: why (its access log's RESPONSE_FLAGS)
 # The reasons by which a provider had the request, and may have written an answer that never came.
@@ -141,8 +145,10 @@ class Exchange:
         "_backlog",
         "_begun_ns",
         "_blame",
+        "_candidate",
         "_dialect",
         "_end",
+        "_endpoint",
         "_extending",
         "_first_ns",
         "_fresh",
@@ -170,6 +176,7 @@ class Exchange:
         self._request_id = ""
         self._principal: Principal = NOBODY
         self._plan: Plan | None = None
+        self._candidate: Candidate  # who answers; until somebody has, who is asked first
         self._allowance: Allowance
         self._hold: Hold = NO_HOLD
         self._meter: StreamMeter
@@ -226,13 +233,16 @@ class Exchange:
         self._request_id, path, method = _request_line(event.headers)
         if not self._request_id:
             raise ProtocolViolation("a request without an id")
-        if path == _HEALTH_PATH:
+        if path.partition("?")[0] == _HEALTH_PATH:
             return self._health()
-        if path not in self._gate.dialects:
-            raise NotFound(f"There is nothing at this path. Served here: {', '.join(sorted(self._gate.dialects))}.")
-        self._dialect = self._gate.dialects[path]
-        if method != "POST":
-            raise MethodNotAllowed("This path takes POST only.")
+        names = [name for name, _ in event.headers]
+        self._dialect = endpoints.speaker(path, names)
+        endpoint = endpoints.find(path, names)
+        if endpoint is None:
+            raise NotFound(f"There is nothing at this path. Served here: {', '.join(endpoints.SERVED)}.")
+        self._endpoint, self._dialect = endpoint, endpoint.dialect
+        if method != endpoint.method:
+            raise MethodNotAllowed(f"This path takes {endpoint.method} only.")
         self._headers = headers.collect(event.headers)
         if (lacking := self._gate.unready()) is not None:
             raise Unavailable(f"The gateway cannot take requests now: {lacking}.")
@@ -240,9 +250,9 @@ class Exchange:
 
     def _identify(self, end: bool) -> list[Command]:
         try:
-            authorization = self._headers.get("authorization")
+            credential = headers.credential(self._headers)
             self._principal = self._gate.identity.principal(
-                () if authorization is None else (authorization,), self._headers.get(headers.USER)
+                () if credential is None else (credential,), self._headers.get(headers.USER)
             )
         except UnknownKey as error:
             if self._state is State.IDENTIFYING:
@@ -250,10 +260,16 @@ class Exchange:
             self._end = end
             self._state = State.IDENTIFYING
             return [RefreshKeys(error.issuer), SetTimer(self._gate.admission_timeout_ms)]
-        return self._await_body(end)
+        return self._list_models() if self._endpoint.lists else self._await_body(end)
 
     def _on_keys_refreshed(self, _: KeysRefreshed) -> list[Command]:
         return self._identify(self._end)
+
+    def _list_models(self) -> list[Command]:
+        """A list costs nothing and asks no provider; it is written down like any other request."""
+        offered = offers.offered(self._gate.policy, self._gate.providers())
+        body = offers.render(self._dialect.name, offered, self._endpoint.address.model)
+        return [Reply(200, (_JSON, self._own_id()), body, "models"), *self._write(Outcome.OK, 200)]
 
     def _await_body(self, end: bool) -> list[Command]:
         headers.require_json(self._headers.get("content-type"), self._headers.get("content-encoding"))
@@ -267,11 +283,12 @@ class Exchange:
 
     def _on_request_body(self, event: RequestBody) -> list[Command]:
         forced_provider = self._headers.get(headers.PROVIDER)
-        self._plan = plan = make_plan(self._gate, self._dialect, self._principal, event.body, forced_provider)
-        texts = plan.call.prompt_texts
+        self._plan = plan = make_plan(self._gate, self._endpoint, self._principal, event.body, forced_provider)
+        self._candidate = plan.candidates[0]
+        texts = plan.call.prompt_texts if plan.call.billed else ()
         if sum(map(len, texts)) > limits.INLINE_COUNT_CHARS:
             self._state = State.COUNTING
-            return [CountPrompt(texts, plan.traits.encoding), SetTimer(self._gate.admission_timeout_ms)]
+            return [CountPrompt(texts, self._candidate.traits.encoding), SetTimer(self._gate.admission_timeout_ms)]
         return self._place_hold(count_texts(texts, self._counter()))
 
     def _on_prompt_counted(self, event: PromptCounted) -> list[Command]:
@@ -281,13 +298,10 @@ class Exchange:
 
     def _place_hold(self, prompt_text_tokens: int) -> list[Command]:
         plan = self._admitted
-        self._allowance = allowance = Allowance(
-            plan.price,
-            prompt_text_tokens + plan.call.prompt_extra,
-            plan.cap * plan.call.choices,
-            self._gate.lease_tokens,
-            plan.call.web_searches,
-        )
+        # Tokenizers differ: whichever target answers, the prompt is held for as the one that makes most of it.
+        factor = max(1.0, *(self._gate.factor(candidate.target) for candidate in plan.candidates))
+        prompt_tokens = ceil(prompt_text_tokens * factor) + plan.call.prompt_extra if plan.call.billed else 0
+        self._allowance = allowance = self._allowance_at(plan.price, prompt_tokens, plan.cap)
         self._state = State.HOLDING
         ask = HoldAsk(
             request_id=self._request_id,
@@ -298,6 +312,12 @@ class Exchange:
             note=self._note(),
         )
         return [PlaceHold(ask), SetTimer(self._gate.admission_timeout_ms)]
+
+    def _allowance_at(self, price: Price, prompt_tokens: int, cap: int) -> Allowance:
+        call = self._admitted.call
+        if not call.billed:
+            cap = 0
+        return Allowance(price, prompt_tokens, cap * call.choices, self._gate.lease_tokens, call.web_searches)
 
     def _least(self) -> Amount:
         """The least that the request can be let through with."""
@@ -317,11 +337,16 @@ class Exchange:
 
     def _forward_request(self) -> ForwardRequest:
         plan = self._admitted
-        body = self._dialect.upstream_body(plan.call, plan.raw, plan.target.model, plan.sent_cap)
+        body = plan.body()
+        chain = ",".join(candidate.target.provider for candidate in plan.candidates)
+        pairs = [(ROUTE_HEADER, chain), _JSON, ("content-length", str(len(body)))]
+        if plan.call.stream:  # a whole answer begins when it is complete: envoy.yaml says how long that may take
+            pairs.append((FIRST_BYTE_HEADER, str(self._gate.first_byte_timeout_ms)))
         return ForwardRequest(
             body,
-            set_headers=((ROUTE_HEADER, plan.target.provider), _JSON, ("content-length", str(len(body)))),
+            set_headers=tuple(pairs),
             remove_headers=headers.CALLERS_ONLY,  # the target removes the rest; Envoy still routes by some of it
+            itinerary=plan.itinerary(self._request_id, len(body)).encode(),
         )
 
     def _on_admission_timeout(self, _: TimerFired) -> list[Command]:
@@ -360,6 +385,7 @@ class Exchange:
         view = dict(event.headers)
         self._status = int(view.get(":status") or 0)
         self._attempts = int(view.get(ATTEMPTS_HEADER) or 1)
+        self._settle_on(view.get(PROVIDER_HEADER, ""))
         if _repeats(event.headers, "content-type") or _repeats(event.headers, "content-encoding"):
             return self._replace_answer(UpstreamFailure("The provider's headers contradict each other."))
         encoding = (view.get("content-encoding") or "identity").strip().lower()
@@ -372,6 +398,17 @@ class Exchange:
         if event.end:
             return self._replace_answer(UpstreamFailure("The provider's answer is empty."))
         return self._begin_answer(view, self._kept_back(event.headers))
+
+    def _settle_on(self, provider: str) -> None:
+        """Somebody has answered: from here on its price counts, and not the dearest. Nobody, if no host was left."""
+        plan = self._admitted
+        number = pick(plan.route.targets, provider, self._attempts)
+        if number is None or len(plan.candidates) == 1:
+            return
+        self._candidate = candidate = plan.candidates[number]
+        held, prompt_tokens = self._allowance.held, self._allowance.prompt_tokens
+        self._allowance = self._allowance_at(candidate.price, prompt_tokens, candidate.cap)
+        self._allowance.grant(held)
 
     def _kept_back(self, pairs: Headers) -> tuple[str, ...]:
         """Names that must not reach the caller: those that are not its business, and any with a secret in its value."""
@@ -390,7 +427,7 @@ class Exchange:
             self._meter = StreamMeter(
                 self._dialect,
                 self._counter(),
-                self._gate.factor(plan.target),
+                self._gate.factor(self._candidate.target),
                 choices=plan.call.choices,
                 hide_usage=not plan.call.wants_usage,
             )
@@ -658,7 +695,7 @@ class Exchange:
         )
         commands = self._finish(outcome, usage, source, meter.service_tier)
         if (lesson := meter.learnable()) is not None:
-            commands.append(Learn(self._admitted.target, *lesson))
+            commands.append(Learn(self._candidate.target, *lesson))
         return commands
 
     def _finish(
@@ -677,13 +714,13 @@ class Exchange:
 
     def _price(self, service_tier: str | None) -> Price:
         """The price in the tier that the answer names, or, where that is not known, the one that was held for."""
-        plan = self._admitted
-        if service_tier is None:
-            return plan.price
+        candidate = self._candidate
+        if service_tier is None or not self._admitted.call.billed:
+            return candidate.price
         try:
-            return self._gate.prices.price(plan.target, service_tier)
+            return self._gate.prices.price(candidate.target, service_tier)
         except BadRequest:
-            return plan.price
+            return candidate.price
 
     def _refuse(self, error: TollgateError) -> list[Command]:
         if isinstance(error, BudgetExhausted):
@@ -709,7 +746,7 @@ class Exchange:
         self._first_ns = self._first_ns or self._gate.clock.now_ns()
 
     def _counter(self) -> Callable[[str], int]:
-        return self._gate.counter(self._admitted.traits.encoding)
+        return self._gate.counter(self._candidate.traits.encoding)
 
     def _counted_usage(self, completion: int) -> Usage:
         return Usage(self._allowance.prompt_tokens, completion)
@@ -728,7 +765,7 @@ class Exchange:
 
     def _thought_tokens(self) -> int:
         """What a reasoning model may have thought before its first visible token, or until now."""
-        return self._written_by(self._first_ns or self._gate.clock.now_ns()) if self._admitted.traits.reasoning else 0
+        return self._written_by(self._first_ns or self._gate.clock.now_ns()) if self._candidate.thinks else 0
 
     def _written_by(self, now_ns: int) -> int:
         elapsed_ms = (now_ns - self._sent_ns) // 1_000_000
@@ -755,7 +792,7 @@ class Exchange:
         if isinstance(error, Unauthenticated):
             pairs.append(("www-authenticate", "Bearer"))
         if isinstance(error, MethodNotAllowed):
-            pairs.append(("allow", "POST"))
+            pairs.append(("allow", self._endpoint.method))
         return tuple(pairs)
 
     # --- The record ---------------------------------------------------------------------------------------------------
@@ -780,6 +817,7 @@ class Exchange:
         self, outcome: Outcome, status: int, usage: Usage, source: UsageSource, cost_nanousd: int
     ) -> UsageRecord:
         plan, principal, clock = self._plan, self._principal, self._gate.clock
+        candidate = self._candidate if plan else None
         now_ns = clock.now_ns()
         duration_ms = (now_ns - self._begun_ns) // 1_000_000
         blamed = self._blame.budget_id if isinstance(self._blame, BudgetExhausted) else None
@@ -790,8 +828,8 @@ class Exchange:
             user=principal.user,
             team=principal.team,
             requested_model=plan.call.model if plan else None,
-            provider=plan.target.provider if plan else None,
-            model=plan.target.model if plan else None,
+            provider=candidate.target.provider if candidate else None,
+            model=candidate.target.model if candidate else None,
             route=plan.route.name if plan else None,
             attempts=self._attempts,
             stream=plan.call.stream if plan else False,
@@ -803,7 +841,7 @@ class Exchange:
             reasoning_tokens=usage.reasoning,
             usage_source=source,
             cost_nanousd=cost_nanousd,
-            price_version=plan.price.version if plan else None,
+            price_version=candidate.price.version if candidate else None,
             ttft_ms=(self._first_ns - self._begun_ns) // 1_000_000 if self._first_ns else None,
             duration_ms=duration_ms,
             overhead_us=(self._overhead_ns + (now_ns - self._asked_ns if self._asked_ns else 0)) // 1000,
@@ -815,9 +853,9 @@ _UNCHANGED = ForwardChunk()
 
 
 def _request_line(pairs: Headers) -> tuple[str, str, str]:
-    """(request id, path without its query, method), before anything of the caller's is judged."""
+    """(request id, path, method), before anything of the caller's is judged."""
     wanted = {name: value for name, value in pairs if name in ("x-request-id", ":path", ":method")}
-    return wanted.get("x-request-id", ""), wanted.get(":path", "").partition("?")[0], wanted.get(":method", "")
+    return wanted.get("x-request-id", ""), wanted.get(":path", ""), wanted.get(":method", "")
 
 
 def _repeats(pairs: Headers, name: str) -> bool:

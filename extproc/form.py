@@ -224,6 +224,9 @@ class Request:
     extras: tuple[str, ...] = ()
 
 
+NO_REQUEST = Request(model="", messages=())
+
+
 class Feature(StrEnum):
     """What a request may ask for and a dialect may not be able to say. Each dialect lists those that it cannot."""
 

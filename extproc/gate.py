@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from extproc.dialects.dialect import Dialect
 from extproc.identity import Identity
 from extproc.pricing import PriceBook
 from extproc.records import Policy, Target
@@ -23,15 +22,13 @@ class Clock:
 class Gate:
     """One policy's worth of decisions. A reload makes another; exchanges under way keep the one they began with.
 
-    `dialects` is by exact path, and so the list of what is served. `providers` gives those with a key and a dialect.
-    `unready` says in one line what the gateway cannot do without and lacks, or None. `factor` is a target's
-    billed ÷ counted, as learned so far.
+    `providers` gives those that can be asked. `unready` says in one line what the gateway cannot do without and lacks,
+    or None. `factor` is a target's billed ÷ counted, as learned so far.
     """
 
     policy: Policy
     identity: Identity
     prices: PriceBook
-    dialects: Mapping[str, Dialect]
     providers: Callable[[], frozenset[str]]
     counter: Callable[[str], Callable[[str], int]]
     factor: Callable[[Target], float]
@@ -40,4 +37,5 @@ class Gate:
     clock: Clock
     lease_tokens: int
     heartbeat_ms: int
+    first_byte_timeout_ms: int
     admission_timeout_ms: int

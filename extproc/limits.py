@@ -30,6 +30,7 @@ MAX_ERROR_BYTES = 1 * MIB  # a provider's error body, kept to take secrets out
 
 CUT_FLUSH_MS = 20  # between the error event and the reset: an HTTP/2 client drops data that arrives with the reset
 ABANDONED_TOKENS_PER_S = 200  # faster than models write: bounds what was generated unseen before a caller left
+FIRST_EVENT_WAIT_MS = 600_000  # envoy.yaml's max_message_timeout; its per_try_timeout decides long before
 
 # Counting -------------------------------------------------------------------------------------------------------------
 INLINE_COUNT_CHARS = 4_000  # about 0.5 ms of tiktoken; a longer prompt is counted in a thread
@@ -82,6 +83,8 @@ POLICY_POLL_S = 1  # how soon a change of the policy file is seen
 MAX_CACHED_PRICES = 4_096  # resolved prices: model names come from callers
 PRICE_PERIOD_S = 1_800  # for which resolved prices are kept: all changes of prices in a day are at half hours
 MAX_CACHED_TRAITS = 4_096  # models looked up in the catalogue, likewise
+MAX_OFFERS = 2_000  # models in a list of them: more than any provider has, 150 KB
+MAX_CACHED_OFFERS = 4  # policies, or sets of providers with a key, whose lists are remembered
 MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + MIB  # one ext_proc message: a whole request body and its frame
 
 # The wire transport (HTTP/2, RFC 9113) --------------------------------------------------------------------------------

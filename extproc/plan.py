@@ -1,62 +1,182 @@
-"""What the gate decides of a request before it holds anything: where it goes, at what price, under which budgets."""
+"""What the gate decides of a request before it holds anything: where it may go, at what price, under which budgets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from extproc import budget
-from extproc.dialects.dialect import Dialect
+from extproc.dialects import CHAT
+from extproc.dialects.dialect import Address, ChatDialect, Dialect
+from extproc.endpoints import Endpoint
+from extproc.errors import BadRequest
+from extproc.form import Request
 from extproc.gate import Gate
 from extproc.intake import parse_json
+from extproc.itinerary import Itinerary, Leg
 from extproc.models import traits
-from extproc.pricing import Price
-from extproc.records import Budget, Call, ModelTraits, Principal, Route, Target
+from extproc.pricing import FREE, Price, dearest
+from extproc.providers import PROVIDERS
+from extproc.records import Budget, Call, ModelRule, ModelTraits, Principal, Route, Target
 from extproc.routing import route, rule_of
+from extproc.translation import chat_of, refusal
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One admitted request. `cap` bounds one choice's output tokens: the least of caller's, model's and policy's.
+class Candidate:
+    """One target that can take the call. `cap` bounds one choice's output tokens: the least of caller's and model's.
 
-    `raw` is the body as the caller sent it.
+    `thinks`: it may think unseen. `native`: it is asked in the caller's own dialect.
     """
 
-    call: Call
-    raw: bytes
-    route: Route
     target: Target
     traits: ModelTraits
     price: Price
     cap: int
+    thinks: bool
+    native: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One admitted request: its candidates in the order of attempts. Until one of them answers, the dearest counts.
+
+    `raw` is the body as the caller sent it; `drop` the policy's word on what a target cannot do.
+    """
+
+    call: Call
+    raw: bytes
+    dialect: Dialect
+    address: Address
+    route: Route
+    candidates: tuple[Candidate, ...]
+    drop: bool
     budgets: tuple[Budget, ...]
 
-    @property
+    @cached_property
+    def price(self) -> Price:
+        """What is held for."""
+        return dearest(candidate.price for candidate in self.candidates)
+
+    @cached_property
+    def cap(self) -> int:
+        """The most output tokens of one choice, whoever answers."""
+        return max(candidate.cap for candidate in self.candidates)
+
+    @cached_property
     def cuttable(self) -> bool:
         """Whether the answer can be ended at the limit. A whole one cannot, nor what is billed and cannot be counted:
-        thoughts that nobody sees, and sound.
+        thoughts that nobody sees, sound and pictures.
         """
-        speaks = "audio" in (self.call.body.get("modalities") or ())
-        return self.call.stream and not self.traits.reasoning and not speaks
+        return self.call.stream and not self.call.unseen and not any(one.thinks for one in self.candidates)
 
-    @property
-    def sent_cap(self) -> int | None:
-        """The cap to tell the provider: what is held for must be enforced; a cuttable stream needs none."""
-        return self.cap if not self.cuttable or self.call.cap is not None else None
+    def sent_cap(self, candidate: Candidate) -> int | None:
+        """The cap to tell a provider: what is held for must be enforced; a cuttable stream needs none."""
+        return candidate.cap if not self.cuttable or self.call.cap is not None else None
+
+    @cached_property
+    def written(self) -> bool:
+        """Whether the first candidate's body can be made here, so that it need not come to the target."""
+        first = self.candidates[0]
+        return first.native and not PROVIDERS[first.target.provider].body_fields
+
+    def body(self) -> bytes:
+        """The body that every attempt gets: the first candidate's, or the caller's own."""
+        first = self.candidates[0]
+        if not self.written:
+            return self.raw
+        return self.dialect.upstream_body(self.call, self.raw, first.target.model, self.sent_cap(first))
+
+    def itinerary(self, request_id: str, body_bytes: int) -> Itinerary:
+        """What the targets are told."""
+        return Itinerary(
+            request_id=request_id,
+            dialect=self.dialect.name,
+            address=self.address,
+            stream=self.call.stream,
+            legs=tuple(Leg(candidate.target, self.sent_cap(candidate)) for candidate in self.candidates),
+            body_bytes=body_bytes,
+            written=self.written,
+            drop=self.drop,
+        )
 
 
-def make_plan(gate: Gate, dialect: Dialect, principal: Principal, body: bytes, forced_provider: str | None) -> Plan:
+def make_plan(gate: Gate, endpoint: Endpoint, principal: Principal, raw: bytes, forced_provider: str | None) -> Plan:
     """Parse and decide. Raises BadRequest, naming the field, and what routing and pricing raise."""
-    call = dialect.read_call(parse_json(body))
+    call = endpoint.dialect.read_call(parse_json(raw), endpoint.address)
     way = route(gate.policy, call.model, forced_provider, gate.providers())
-    target = way.targets[0]
-    known = traits(target.provider, target.model, rule_of(gate.policy, way))
+    rule = rule_of(gate.policy, way)
+    drop = rule is not None and rule.drop_unsupported
+    candidates = _candidates(gate, _Asked(endpoint, call, drop), way, rule)
     return Plan(
         call=call,
-        raw=body,
-        route=way,
-        target=target,
-        traits=known,
-        price=gate.prices.price(target, call.service_tier),
-        cap=min(call.cap or known.max_output_tokens, known.max_output_tokens),
+        raw=raw,
+        dialect=endpoint.dialect,
+        address=endpoint.address,
+        route=replace(way, targets=tuple(candidate.target for candidate in candidates)),
+        candidates=candidates,
+        drop=drop,
         budgets=budget.applicable(gate.policy.budgets, principal, call.model),
     )
+
+
+class _Asked:
+    """The call, and its canonical form, which is made where a target needs it."""
+
+    def __init__(self, endpoint: Endpoint, call: Call, drop: bool) -> None:
+        self.dialect = endpoint.dialect
+        self.call = call
+        self.drop = drop
+        self._address = endpoint.address
+
+    @cached_property
+    def request(self) -> tuple[ChatDialect, Request] | None:
+        """None where no other dialect says such a thing: an embedding, a count of tokens."""
+        caller = CHAT.get(self.dialect.name)
+        return None if caller is None else (caller, caller.read_request(self.call.body, self._address))
+
+
+def _candidates(gate: Gate, asked: _Asked, way: Route, rule: ModelRule | None) -> tuple[Candidate, ...]:
+    """The targets that can take the call. Raises the first one's refusal where none can."""
+    candidates: list[Candidate] = []
+    refusals: list[BadRequest] = []
+    for target in way.targets:
+        try:
+            candidates.append(_candidate(gate, asked, target, rule))
+        except BadRequest as error:
+            refusals.append(error)
+    if not candidates:
+        raise refusals[0]
+    return tuple(candidates)
+
+
+def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None) -> Candidate:
+    call = asked.call
+    known = traits(target.provider, target.model, rule)
+    native = asked.dialect.name in PROVIDERS[target.provider].endpoints
+    thinks = known.reasoning if call.thinks is None else call.thinks
+    if not native:
+        request = _translatable(asked, target)
+        thinks = thinks or (request.reasoning is not None and request.reasoning.effort != "none")
+    return Candidate(
+        target=target,
+        traits=known,
+        price=gate.prices.price(target, call.service_tier) if call.billed else FREE,
+        cap=min(call.cap or known.max_output_tokens, known.max_output_tokens),
+        thinks=thinks,
+        native=native,
+    )
+
+
+def _translatable(asked: _Asked, target: Target) -> Request:
+    """The canonical form, if this target's provider can take it. Raises BadRequest."""
+    name = chat_of(PROVIDERS[target.provider])
+    if asked.request is None or name is None:
+        raise BadRequest(
+            "The providers of this model do not offer this API.", code="unsupported_endpoint", param="model"
+        )
+    caller, request = asked.request
+    error = refusal(caller, CHAT[name], request, drop=asked.drop)
+    if error is not None:
+        raise error
+    return request

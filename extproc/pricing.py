@@ -159,6 +159,8 @@ class PriceBook:
         raise BadRequest(f"The price of the model {name} is not known.", code="model_price_unknown", param="model")
 
 
+FREE = Price("free", (Rates(-1, 0, 0, 0, 0, 0, 0),), 0)  # what no provider bills: counting tokens
+
 # A server of one's own bills nothing. What it is worth, the policy may say.
 _OWN_MACHINE = Price("own-machine", (Rates(-1, 0, 0, 0, 0, 0, 0),), 0)
 

@@ -160,7 +160,9 @@ class Call:
 
     `cap` is the caller's own bound on output tokens, if it gave one. `prompt_texts` are counted with the model's
     encoding; `prompt_extra` is what the rest of the prompt may cost in tokens (images, message overhead).
-    `web_searches` is how many may be billed; `thinks` whether it asks for thoughts or for none, where it says so.
+    `web_searches` is how many may be billed; `thinks` whether it asks for thoughts or for none, where it says so;
+    `unseen` whether the answer may hold what is billed and is no text: sound, pictures. A count of tokens is not
+    `billed`.
     """
 
     model: str
@@ -174,6 +176,8 @@ class Call:
     web_searches: int
     body: Mapping[str, Any]
     thinks: bool | None = None
+    unseen: bool = False
+    billed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

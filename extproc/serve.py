@@ -14,7 +14,7 @@ import uvloop
 
 from extproc import tokens
 from extproc.counting import PromptCounter
-from extproc.dialects import DIALECTS, SPOKEN
+from extproc.dialects import SPOKEN
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
 from extproc.gate import Clock, Gate
@@ -83,7 +83,7 @@ class Processor:
         self._settler = Settler(self._ledger, SettlementLog(settings.state_dir / "settlements", clock=_wall_ms))
         self._sweeper = Sweeper(self._ledger, self._journal.append_orphan, settings.hold_ttl_ms / 4000)
         self._counting = PromptCounter(settings.admission_timeout_ms / 1000)
-        self._targets = Targets(settings.base_urls, self._all_secrets.key)
+        self._targets = Targets(settings.base_urls, self._all_secrets.key, _wall_ms)
         self._services = Services(
             ledger=self._ledger,
             settle=self._settler.settle,
@@ -138,7 +138,6 @@ class Processor:
             policy=policy,
             identity=Identity(self._with_own_issuers(policy.identity), self._keys, time.time),
             prices=PriceBook(policy.prices, lambda: datetime.now(UTC)),
-            dialects=DIALECTS,
             providers=self._providers,
             counter=tokens.counter,
             factor=self._factor,
@@ -147,6 +146,7 @@ class Processor:
             clock=Clock(time.monotonic_ns, _wall_ms),
             lease_tokens=settings.lease_tokens,
             heartbeat_ms=settings.hold_ttl_ms // 3,
+            first_byte_timeout_ms=settings.first_byte_timeout_ms,
             admission_timeout_ms=settings.admission_timeout_ms,
         )
         _log.info("policy %s is in use", policy.version)
@@ -164,8 +164,9 @@ class Processor:
     def _open(self, role: str, send: Send, end: End) -> Session | None:
         if role == "gate":
             return Session(Exchange(self._gate), self._services, send, end)
-        if role == "target":
-            return Session(Attempt(self._targets), self._services, send, end)
+        if role in ("target", "target-first-event"):
+            attempt = Attempt(self._targets, patient=role == "target-first-event")
+            return Session(attempt, self._services, send, end)
         return None
 
     def _factor(self, target: Target) -> float:

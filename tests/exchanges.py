@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import orjson
 
 from extproc import tokens
-from extproc.dialects import DIALECTS
 from extproc.events import (
     ANSWERS,
     ASKS,
@@ -79,6 +78,7 @@ TOKEN = "Bearer a.b.c"
 INPUT_NANOUSD, OUTPUT_NANOUSD = 1_000, 2_000  # a token
 LEASE = 10
 HEARTBEAT_MS = 20_000
+FIRST_BYTE_MS = 30_000
 ADMISSION_MS = 3_000
 START_NS = 5_000_000_000
 START_MS = 1_795_435_200_000  # 2026-11-23T12:00:00Z
@@ -133,7 +133,6 @@ def gate(callers: Callers, clock: Clock, **changed: Any) -> Gate:
         policy=policy,
         identity=cast(Identity, callers),
         prices=PriceBook(rules, lambda: datetime(2026, 11, 23, 12, tzinfo=UTC)),
-        dialects=DIALECTS,
         providers=lambda: frozenset({"openai"}),
         counter=tokens.counter,
         factor=lambda _: 1.0,
@@ -142,6 +141,7 @@ def gate(callers: Callers, clock: Clock, **changed: Any) -> Gate:
         clock=clock,
         lease_tokens=LEASE,
         heartbeat_ms=HEARTBEAT_MS,
+        first_byte_timeout_ms=FIRST_BYTE_MS,
         admission_timeout_ms=ADMISSION_MS,
     )
     return replace(plain, **changed)

@@ -128,12 +128,22 @@ def _filled(descriptor: Descriptor, choose: int) -> Message:
     return message
 
 
+def _fill_googles(message: Any, name: str) -> None:
+    """The well-known types that are fields here."""
+    if name == "Struct":
+        message["tollgate"] = {"itinerary": "text"}
+    else:
+        message.FromMilliseconds(3_500)
+
+
 def _fill(message: Message, field: FieldDescriptor, choose: int) -> None:
     name, here = field.name, getattr(message, field.name)
     if _is_map(field):
         here["key"].fields["provider"].string_value = "openai"
     elif field.message_type is not None and field.is_repeated:
         here.add().CopyFrom(_filled(field.message_type, choose))
+    elif field.message_type is not None and field.message_type.name in ("Struct", "Duration"):
+        _fill_googles(here, field.message_type.name)
     elif field.message_type is not None:
         here.CopyFrom(_filled(field.message_type, choose))
     elif field.is_repeated:

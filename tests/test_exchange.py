@@ -1003,7 +1003,7 @@ def test_the_learned_factor_makes_the_running_count() -> None:
     talk = Talk(factor=lambda target: 2.0 if target == Target("openai", "gpt-4o") else 1.0).streaming(1_000)
     talk.chunk(delta(" one two three"))
     talk.close()
-    assert talk.settlement.actual == cost(6)
+    assert talk.settlement.actual == cost(6, prompt=PROMPT + 2)  # of which two are text
     assert talk.all(Learn) == []
 
 

@@ -7,30 +7,32 @@ from typing import Any
 import pytest
 
 from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest, Unavailable
 from extproc.gate import Clock
 from extproc.plan import Plan, make_plan
 from extproc.records import Target
 from tests.exchanges import BUDGET_ID, CALLER, INPUT_NANOUSD, OUTPUT_NANOUSD, Callers, body, gate
 
+CHAT_COMPLETIONS = Endpoint(OpenAIChat())
 GATE = gate(Callers(), Clock(lambda: 0, lambda: 0))
 
 
 def plan(data: bytes | None = None, forced: str | None = None, **fields: Any) -> Plan:
-    return make_plan(GATE, OpenAIChat(), CALLER, data if data is not None else body(**fields), forced)
+    return make_plan(GATE, CHAT_COMPLETIONS, CALLER, data if data is not None else body(**fields), forced)
 
 
 def test_a_plan_has_the_call_its_route_price_and_budgets() -> None:
     made = plan(stream=True)
-    assert (made.call.model, made.route.name, made.target) == ("gpt-4o", "gpt-4o", Target("openai", "gpt-4o"))
+    assert (made.call.model, made.route.name, made.candidates[0].target) == ("gpt-4o", "gpt-4o", Target("openai", "gpt-4o"))
     assert (made.price.bands[-1].input, made.price.bands[-1].output) == (INPUT_NANOUSD * 10**6, OUTPUT_NANOUSD * 10**6)
     assert [budget.id for budget in made.budgets] == [BUDGET_ID]
 
 
 def test_the_target_may_have_another_name_than_the_call() -> None:
     made = plan(model="real-4.1")
-    assert (made.call.model, made.target.model, made.route.name) == ("real-4.1", "gpt-4.1", "real-*")
-    assert made.traits.max_output_tokens == 32_768
+    assert (made.call.model, made.candidates[0].target.model, made.route.name) == ("real-4.1", "gpt-4.1", "real-*")
+    assert made.candidates[0].traits.max_output_tokens == 32_768
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_the_cap_is_the_least(fields: dict[str, Any], cap: int) -> None:
 )
 def test_what_cannot_be_cut_is_sent_with_its_cap(fields: dict[str, Any], cuttable: bool, sent_cap: int | None) -> None:
     made = plan(**fields)
-    assert (made.cuttable, made.sent_cap) == (cuttable, sent_cap)
+    assert (made.cuttable, made.sent_cap(made.candidates[0])) == (cuttable, sent_cap)
 
 
 def test_the_price_is_that_of_the_tier_that_is_asked_for() -> None:

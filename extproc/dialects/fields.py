@@ -128,6 +128,14 @@ def _json(value: object) -> bytes:
     return value if isinstance(value, bytes) else orjson.dumps(value)
 
 
+def written(value: object) -> bytes:
+    """JSON of what was read leniently: half a surrogate pair, whose other half comes with the next event, stays one."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
 # What providers answer ------------------------------------------------------------------------------------------------
 
 

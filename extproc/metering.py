@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from hashlib import blake2b, shake_128
 from math import ceil
+from typing import Protocol
 
 from extproc.dialects.dialect import Dialect
 from extproc.limits import (
@@ -77,12 +78,22 @@ def final_usage(
     return usage, UsageSource.PROVIDER if usage == reported else UsageSource.COUNTED
 
 
+class Framing(Protocol):
+    """How a stream is put together: `SseParser`, or `JsonArrayParser`, whose events are an array's elements."""
+
+    def feed(self, chunk: bytes) -> list[SseEvent]:
+        """The events that this chunk completes. Raises StreamTooLarge."""
+
+    def finish(self) -> bytes:
+        """What came after the last of them."""
+
+
 class StreamMeter:
     """One stream. `feed` takes it apart and counts; what it returns is passed on, or kept back where `hidden`.
 
     `count` gives a text's tokens, `factor` is billed ÷ counted. `hide_usage`: the caller did not ask for the chunk
-    that holds nothing but usage. `choices` is how many answers were asked for.
-    `feed` raises StreamTooLarge where one event is above `max_event_bytes`.
+    that holds nothing but usage. `choices` is how many answers were asked for. `framing` makes the parser of a stream
+    whose events have so many bytes at most: `feed` raises StreamTooLarge for one above `max_event_bytes`.
     """
 
     def __init__(
@@ -93,10 +104,13 @@ class StreamMeter:
         *,
         hide_usage: bool = True,
         choices: int = 1,
+        framing: Callable[[int], Framing] = SseParser,
         max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
         self.counted = 0
-        self.tokens = 0  # the running estimate of output tokens: counted text times the factor, rounded up
+        # The running estimate of output tokens: counted text times the factor, rounded up, and no less than the
+        # provider has reported so far. Some of it cannot be seen.
+        self.tokens = 0
         self.usage: Usage | None = None
         self.errored = False
         self.service_tier: str | None = None
@@ -105,7 +119,9 @@ class StreamMeter:
         self._factor = factor
         self._hide_usage = hide_usage
         self._choices = choices
-        self._parser = SseParser(max_event_bytes)
+        self._framing = framing
+        self._parser = framing(max_event_bytes)
+        self._floor = 0
         self._done = False
         self._tool_call = False
         self._started: set[int] = set()
@@ -131,7 +147,7 @@ class StreamMeter:
         The remainder is read like an event, so that it is counted, and empty if the caller must not see it.
         """
         remainder = self._parser.finish()
-        events = SseParser(len(remainder) + 2).feed(remainder + b"\n\n")
+        events = self._framing(len(remainder) + 2).feed(remainder + b"\n\n")
         return remainder if not any(self._meter(event).hidden for event in events) else b""
 
     def learnable(self) -> tuple[int, int] | None:
@@ -158,13 +174,21 @@ class StreamMeter:
     def _take(self, piece: Piece) -> None:
         if piece.texts:
             self.counted += count_texts(piece.texts, self._count, MAX_EVENT_COUNT_CHARS)  # all streams wait for it
-            self.tokens = ceil(self.counted * self._factor)
+            estimate = ceil(self.counted * self._factor)
+            self.tokens = estimate if estimate > self._floor else self._floor
         self._started.update(piece.started)
         self._finished.update(piece.finished)
         self._done = self._done or piece.done
         self._tool_call = self._tool_call or piece.tool_call
         self.errored = self.errored or piece.error
         if piece.usage is not None:
-            self.usage = piece.usage
+            self._take_usage(piece.usage, bool(piece.texts))
         if piece.service_tier is not None:
             self.service_tier = piece.service_tier
+
+    def _take_usage(self, usage: Usage, with_text: bool) -> None:
+        """The last figures are the bill. Once all text has come they are no floor: a cut there would save nothing."""
+        self.usage = usage
+        if with_text or not self.complete:
+            self._floor = max(self._floor, usage.completion)
+            self.tokens = max(self.tokens, self._floor)

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from extproc import form
+from extproc.dialects import pieces
 from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
-from extproc.errors import StreamTooLarge
+from extproc.errors import ProviderError, StreamTooLarge
+from extproc.jsonarray import JsonArrayParser
 from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MAX_EVENT_COUNT_CHARS, MIB
 from extproc.metering import StreamMeter, count_texts, final_usage, starting_factor
-from extproc.records import Metered, Target, Usage, UsageSource
+from extproc.records import Metered, Piece, Target, Usage, UsageSource
 from extproc.sse import SseParser
 from extproc.tokens import counter
 from tests.recordings import Case, chat_cases
@@ -121,6 +124,120 @@ def test_service_tier() -> None:
     stream = meter()
     feed(stream, [event(service_tier="auto"), event(service_tier="flex"), event()])
     assert stream.service_tier == "flex"
+
+
+# --- What the provider says while it streams --------------------------------------------------------------------------
+
+REPORTS: dict[str, tuple[list[bytes], list[int]]] = {
+    "more than was counted": ([event(text("abc"), usage=usage(3, 9)), event(text("d"))], [9, 9]),
+    "counted past it": ([event(text("abc"), usage=usage(3, 4)), event(text("de"))], [4, 5]),
+    "less than was counted": ([event(text("abc"), usage=usage(3, 1))], [3]),
+    "zeros, until the last": ([event(text("abc"), usage=usage(3, 0)), event(text("d"), usage=usage(3, 7))], [3, 7]),
+    "less than before": (
+        [event(text("abc"), usage=usage(3, 9)), event(text("d"), usage=usage(3, 5)), event(text("e"))],
+        [9, 9, 9],
+    ),
+    "before any text": ([event(usage=usage(3, 6)), event(text("abc"))], [6, 6]),
+    "with the last text": ([event(text("abc", finish="stop"), usage=usage(3, 9))], [9]),
+    "with the end, after all text": ([event(text("abc")), event(text("", finish="stop"), usage=usage(3, 9))], [3, 3]),
+    "after the end": ([event(text("abc", finish="stop")), event(usage=usage(3, 9)), DONE], [3, 3, 3]),
+    "after one of two ends": ([event(text("abc"), text("", 1)), STOP, event(usage=usage(3, 9))], [3, 3, 9]),
+}
+
+
+@pytest.mark.parametrize(("events", "expected"), REPORTS.values(), ids=REPORTS)
+def test_a_reported_usage_is_a_floor_for_the_running_estimate(events: list[bytes], expected: list[int]) -> None:
+    stream = meter()
+    assert [metered.tokens for metered in feed(stream, events)] == expected
+    assert stream.tokens == expected[-1]
+
+
+# --- Other framings ---------------------------------------------------------------------------------------------------
+
+
+def element(*choices: dict[str, Any], **fields: Any) -> bytes:
+    return json.dumps({"choices": choices, **fields}).encode()
+
+
+def array_meter() -> StreamMeter:
+    return StreamMeter(OpenAIChat(), len, 1.0, framing=JsonArrayParser, max_event_bytes=200)
+
+
+def test_an_array_is_metered_by_its_elements() -> None:
+    stream = array_meter()
+    first, second = element(text("abc")), element(text("d", finish="stop"), usage=usage(3, 4))
+    events = feed(stream, [b"[" + first[:9], first[9:] + b"\n,\n" + second, b"\n]"])
+    assert events == [Metered(b"[" + first, False, 3), Metered(b"\n,\n" + second, False, 4)]
+    assert stream.finish() == b"\n]"
+    assert (stream.complete, stream.usage) == (True, Usage(3, 4))
+
+
+def test_an_array_that_is_cut_off_in_an_element() -> None:
+    stream = array_meter()
+    feed(stream, [b"[" + element(text("abc")), b"," + element(text("d"))[:-2]])
+    assert stream.finish() == b"," + element(text("d"))[:-2]
+    assert (stream.complete, stream.counted) == (False, 3)
+
+
+def test_an_element_that_is_too_large_raises() -> None:
+    with pytest.raises(StreamTooLarge):
+        array_meter().feed(b"[" + element(text("a" * 200)))
+
+
+# --- By the canonical form --------------------------------------------------------------------------------------------
+
+
+class Scripted(OpenAIChat):
+    """A dialect whose reader says of each event what the script says."""
+
+    def __init__(self, script: dict[bytes, list[form.StreamEvent]]) -> None:
+        self._script = script
+
+    def piece_reader(self) -> Callable[[bytes], Piece]:
+        return lambda data: pieces.piece(self._script[data])
+
+
+def scripted(*events: list[form.StreamEvent], choices: int = 1) -> StreamMeter:
+    script = {str(number).encode(): said for number, said in enumerate(events)}
+    stream = StreamMeter(Scripted(script), len, 1.0, choices=choices)
+    feed(stream, (b"data: %s\n\n" % data for data in script))
+    return stream
+
+
+STARTED = form.Started("id", "model", Usage(7, 1))
+TEXT, THOUGHT, CALL = form.TextDelta(0, "abc"), form.ThinkingDelta(0, "de"), form.ToolStarted(0, 0, "id", "f")
+FINISHED, USED = form.Finished(0, form.Finish.STOP), form.Used(Usage(7, 9))
+
+CANONICAL: dict[str, tuple[list[list[form.StreamEvent]], int, bool]] = {
+    "begun": ([[STARTED]], 1, False),
+    "text": ([[STARTED], [TEXT]], 1, False),
+    "finished, where no closing event comes": ([[STARTED], [THOUGHT], [TEXT], [FINISHED, USED]], 1, True),
+    "closed": ([[STARTED], [TEXT], [FINISHED, USED], [form.Done()]], 1, True),
+    "closed at once": ([[STARTED, TEXT, FINISHED, form.Done()]], 1, True),
+    "closed without a choice: a blocked prompt": ([[STARTED], [form.Done()]], 2, True),
+    "one of two finished": ([[STARTED], [TEXT, form.TextDelta(1, "x")], [FINISHED]], 2, False),
+    "a second one began, unasked": ([[STARTED], [TEXT, form.ToolStarted(1, 0, "id", "f")], [FINISHED]], 1, False),
+    "the figures, and no end": ([[STARTED], [TEXT], [USED]], 1, False),
+    "broken off": ([[STARTED], [TEXT], [form.Failed(ProviderError("x", status=529))]], 1, False),
+}
+
+
+@pytest.mark.parametrize(("events", "choices", "complete"), CANONICAL.values(), ids=CANONICAL)
+def test_complete_by_the_canonical_form(events: list[list[form.StreamEvent]], choices: int, complete: bool) -> None:
+    assert scripted(*events, choices=choices).complete is complete
+
+
+def test_all_that_is_billed_is_counted_by_the_canonical_form() -> None:
+    stream = scripted([STARTED], [THOUGHT], [TEXT], [CALL, form.ToolArguments(0, 0, "{}")], [form.Unseen("xy")])
+    assert stream.counted == len("deabcf{}xy")
+    assert stream.usage == Usage(7, 1)
+
+
+def test_thoughts_that_are_reported_and_not_shown_are_in_the_estimate() -> None:
+    """Gemini reports with every event: the hidden thoughts are held for as they are thought, not at the end."""
+    thinking = form.Used(Usage(7, 400, reasoning=400))
+    stream = scripted([STARTED, thinking], [TEXT, form.Used(Usage(7, 403, reasoning=400))])
+    assert (stream.counted, stream.tokens) == (3, 403)
 
 
 # --- The end ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Both directions are allow-lists: a header that nobody thought of stays here. Nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from extproc.errors import BadRequest, TollgateError, Unauthenticated, UnsupportedMedia
 
@@ -19,9 +19,13 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 # caller; not `openai-beta`, `openai-organization` or `openai-project`, which change what the account does and pays.
 _TO_PROVIDER = _FRAMING | {"accept", "content-type", "traceparent", "tracestate"}
 
-# To a caller: what the body is and how long it took. Not `set-cookie`, `location` or `alt-svc`, which would lead it
-# past the gateway; not `x-ratelimit-*` or `openai-organization`, which describe the gateway's account; not the
-# provider's `x-request-id`, since the gateway sets its own.
+# … and what belongs to a dialect, where the provider is called in it: another one's would not know it.
+_ANTHROPICS = frozenset({"anthropic-version", "anthropic-beta"})
+_TO_PROVIDER_OF = {"anthropic-messages": _ANTHROPICS, "anthropic-count-tokens": _ANTHROPICS}
+
+# To a caller: what the body is, how long it took, and whether to try again. Not `set-cookie`, `location` or `alt-svc`,
+# which would lead it past the gateway; not `x-ratelimit-*`, `anthropic-ratelimit-*` or the organization, which describe
+# the gateway's account; not the provider's `x-request-id` or `request-id`, since the gateway sets its own.
 _TO_CALLER = _FRAMING | {
     "cache-control",
     "content-encoding",
@@ -30,19 +34,24 @@ _TO_CALLER = _FRAMING | {
     "openai-processing-ms",
     "retry-after",
     "retry-after-ms",
+    "server-timing",  # Google's
+    "x-should-retry",  # OpenAI's and Anthropic's: their clients heed it
 }
 
+# Where official clients put what they are given as a key: OpenAI's, Anthropic's, Google's.
+_CREDENTIALS = ("authorization", "x-api-key", "x-goog-api-key")
+
 # What is between the caller and the gateway: it goes no further than the gate.
-CALLERS_ONLY = ("authorization", "proxy-authorization", "x-serverless-authorization", "cookie", USER, PROVIDER)
+CALLERS_ONLY = (*_CREDENTIALS, "proxy-authorization", "x-serverless-authorization", "cookie", USER, PROVIDER)
 
 # Headers that decide something: two values would leave it to chance which one counts.
-_SINGLE = frozenset({"authorization", "content-type", "content-encoding", USER, PROVIDER})
+_SINGLE = frozenset({*_CREDENTIALS, "content-type", "content-encoding", USER, PROVIDER})
 
 
 def collect(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Name to value. A repeated header's values are joined by commas (RFC 9110, 5.3).
 
-    Raises BadRequest, or Unauthenticated for `authorization`, where one that decides something is repeated.
+    Raises BadRequest, or Unauthenticated for a credential, where one that decides something is repeated.
     """
     headers: dict[str, str] = {}
     for name, value in pairs:
@@ -55,9 +64,22 @@ def collect(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return headers
 
 
-def to_remove(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of a request's headers that must not reach a provider, the caller's token among them."""
-    return _others(names, _TO_PROVIDER)
+def credential(headers: Mapping[str, str]) -> str | None:
+    """The caller's ID token as a value of `authorization` (`Bearer …`), or None where it sent none.
+
+    Official clients are given the token as their key. Anthropic's sends it in `x-api-key`, and Google's in
+    `x-goog-api-key`, which Envoy moves there. Of both, `authorization` counts, and must be right.
+    """
+    authorization, key = headers.get("authorization"), headers.get("x-api-key")
+    return f"Bearer {key}" if authorization is None and key is not None else authorization
+
+
+def to_remove(names: Iterable[str], native: str | None = None) -> tuple[str, ...]:
+    """Those of a request's headers that must not reach a provider, the caller's token among them.
+
+    `native` is the caller's dialect, by name, where the provider is called in it.
+    """
+    return _others(names, _TO_PROVIDER | _TO_PROVIDER_OF.get(native or "", frozenset()))
 
 
 def response_to_remove(names: Iterable[str]) -> tuple[str, ...]:
@@ -81,5 +103,5 @@ def _others(names: Iterable[str], allowed: frozenset[str]) -> tuple[str, ...]:
 
 
 def _repeated(name: str) -> TollgateError:
-    kind = Unauthenticated if name == "authorization" else BadRequest
+    kind = Unauthenticated if name in _CREDENTIALS else BadRequest
     return kind(f"The header {name} must occur only once.", code="repeated_header", param=name)

@@ -32,17 +32,53 @@ def test_a_provider_gets(name: str) -> None:
         "openai-organization", "openai-project", "openai-beta", "x-stainless-os", "accept-encoding", "x-llm-provider",
         "x-tollgate-user", "x-tollgate-route", "x-envoy-original-host", "x-forwarded-for", "x-forwarded-proto",
         "x-serverless-authorization", "proxy-authorization", "forwarded", "via", "baggage", "anything-else",
+        "anthropic-version", "anthropic-beta", "x-goog-api-client", "x-goog-user-project",
     ],
 )  # fmt: skip
 def test_a_provider_does_not_get(name: str) -> None:
     assert headers.to_remove([":method", name, "accept"]) == (name,)
 
 
+@pytest.mark.parametrize("dialect", ["anthropic-messages", "anthropic-count-tokens"])
+def test_a_provider_called_as_anthropic_is_gets_what_belongs_to_that(dialect: str) -> None:
+    names = ["anthropic-version", "anthropic-beta", "anthropic-organization", "x-api-key", "accept"]
+    assert headers.to_remove(names, dialect) == ("anthropic-organization", "x-api-key")
+
+
+@pytest.mark.parametrize("dialect", ["openai-chat", "gemini-generate", "", None])
+def test_a_provider_of_another_dialect_does_not(dialect: str | None) -> None:
+    assert headers.to_remove(["anthropic-version", "anthropic-beta"], dialect) == (
+        "anthropic-version",
+        "anthropic-beta",
+    )
+
+
+CREDENTIALS: dict[str, tuple[dict[str, str], str | None]] = {
+    "none": ({"accept": "*/*"}, None),
+    "OpenAI's": ({"authorization": "Bearer t"}, "Bearer t"),
+    "Anthropic's": ({"x-api-key": "t"}, "Bearer t"),
+    "both": ({"x-api-key": "other", "authorization": "Bearer t"}, "Bearer t"),
+    "an empty one, beside a key": ({"x-api-key": "t", "authorization": ""}, ""),
+    "another scheme, beside a key": ({"x-api-key": "t", "authorization": "Basic x"}, "Basic x"),
+    "Google's, before Envoy moves it": ({"x-goog-api-key": "t"}, None),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), CREDENTIALS.values(), ids=CREDENTIALS)
+def test_credential(given: dict[str, str], expected: str | None) -> None:
+    assert headers.credential(given) == expected
+
+
+@pytest.mark.parametrize("name", ["authorization", "x-api-key", "x-goog-api-key", "cookie", "x-tollgate-user"])
+def test_what_is_the_callers_goes_no_further_than_the_gate(name: str) -> None:
+    assert name in headers.CALLERS_ONLY
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "content-type", "content-length", "transfer-encoding", "content-encoding", "cache-control", "date",
-        "retry-after", "retry-after-ms", "openai-processing-ms", ":status",
+        "retry-after", "retry-after-ms", "openai-processing-ms", "server-timing", "x-should-retry", ":status",
     ],
 )  # fmt: skip
 def test_a_caller_gets(name: str) -> None:
@@ -54,7 +90,8 @@ def test_a_caller_gets(name: str) -> None:
     [
         "set-cookie", "location", "alt-svc", "server", "openai-organization", "openai-project", "x-request-id",
         "x-ratelimit-remaining-tokens", "x-envoy-upstream-service-time", "x-tollgate-attempt", "cf-ray",
-        "strict-transport-security", "www-authenticate", "anything-else",
+        "strict-transport-security", "www-authenticate", "anything-else", "request-id", "anthropic-organization-id",
+        "anthropic-ratelimit-tokens-remaining", "anthropic-ratelimit-unified-status", "x-goog-request-id",
     ],
 )  # fmt: skip
 def test_a_caller_does_not_get(name: str) -> None:
@@ -74,6 +111,8 @@ def test_collects_by_name_and_joins_what_may_be_repeated() -> None:
     ("name", "error"),
     [
         ("authorization", Unauthenticated),
+        ("x-api-key", Unauthenticated),
+        ("x-goog-api-key", Unauthenticated),
         ("content-type", BadRequest),
         ("content-encoding", BadRequest),
         ("x-tollgate-user", BadRequest),

@@ -12,13 +12,17 @@ from typing import Any
 
 import orjson
 
-from extproc.dialects.fields import Names, invalid, objects, optional, required, wrong_type
+from extproc.dialects.fields import Names, dicts, invalid, objects, optional, required, wrong_type
 from extproc.errors import BadRequest
 from extproc.limits import DEFAULT_TOOL_CALLS, MAX_MESSAGES, MAX_TOOL_CALLS
 
 MESSAGE_TOKENS = 5  # the role and the turn's marks
 PROMPT_TOKENS = 8  # every prompt's own beginning and end
 TOOLS_TOKENS = 1_000  # the system prompt that goes with tools: 313 to 804, by model and choice ("Tool use: pricing")
+TOOL_SEARCH_TOKENS = 1_000  # a search for tools is explained, and what it finds is read again
+CITATIONS_TOKENS = 750  # how to cite, once; 600 in the recorded answers
+SCHEMA_TOKENS = 300  # how to keep to a schema; 60 to 180 there
+THINKING_TOKENS = 48  # how to think; 16 to 30 there
 # Texts are counted with OpenAI's encodings, which find fewer tokens than Claude's: up to half as many again are added,
 # at four characters a token. Learned factors are about answers, whose texts are others.
 CHARS_PER_EXTRA_TOKEN = 8
@@ -66,10 +70,22 @@ def read_prompt(body: Mapping[str, Any]) -> Prompt:
     for i, message in enumerate(messages):
         _read_message(message, f"messages[{i}].", prompt)
     _read_tools(body, prompt)
+    _read_settings(body, prompt)
+    return prompt
+
+
+def _read_settings(body: Mapping[str, Any], prompt: Prompt) -> None:
+    """What is asked for beside the conversation, each with words of Anthropic's own."""
     for name in ("output_config", "output_format"):
         if (definition := optional(body, name, dict)) is not None:
             prompt.add_json(definition)
-    return prompt
+            prompt.extra += SCHEMA_TOKENS
+    if optional(body, "thinking", dict) is not None:
+        prompt.extra += THINKING_TOKENS
+    management = optional(body, "context_management", dict) or {}
+    if any("compact" in str(edit.get("type")) for edit in dicts(management.get("edits"))):
+        prompt.texts *= 2  # to be summed up, the conversation is read once more
+        prompt.extra *= 2
 
 
 def _read_message(message: Mapping[str, Any], where: str, prompt: Prompt) -> None:
@@ -103,6 +119,8 @@ def _read_block(block: Mapping[str, Any], where: str, prompt: Prompt) -> None:
         case "document":
             for name in ("title", "context"):
                 prompt.add(optional(block, name, str, where) or "")
+            if optional(block, "citations", dict, where) is not None:
+                prompt.extra += CITATIONS_TOKENS
             _read_source(block, where, prompt)
         case "tool_result":
             prompt.add(required(block, "tool_use_id", str, where))
@@ -161,6 +179,7 @@ def _read_tools(body: Mapping[str, Any], prompt: Prompt) -> None:
             message = "tools that ask another model are not offered: which models answer is this gateway's policy"
             raise invalid(where + "model", message, "unsupported_parameter")
         prompt.add_json(tool)
+        prompt.extra += TOOL_SEARCH_TOKENS * str(tool.get("type")).startswith("tool_search_")
     if tools or servers:
         prompt.extra += TOOLS_TOKENS
     used = sum(_rounds(tool, f"tools[{i}].") for i, tool in enumerate(tools))

@@ -59,11 +59,8 @@ def write_request(request: Request, model: str, cap: int | None) -> bytes:
     if not turns and system:  # others answer to instructions alone
         turns, system = [{"role": "user", "content": system}], []
     think = _thoughts(request, model, max_tokens, turns)
-    body = {
-        "model": model,
-        "max_tokens": max_tokens,
+    wishes = {
         "system": system,
-        "messages": turns,
         "stream": request.stream,
         "stop_sequences": list(request.stop),
         "tools": [_tool(tool, which) for tool in _offered(request)],
@@ -72,7 +69,8 @@ def write_request(request: Request, model: str, cap: int | None) -> bytes:
         "output_config": _output_config(request, think),
         **(_sampling(request, which) if not think.on else {}),
     }
-    return dumps({name: value for name, value in body.items() if _said(value)})
+    asked = {name: value for name, value in wishes.items() if _said(value)}
+    return dumps({"model": model, "max_tokens": max_tokens, "messages": turns, **asked})
 
 
 def _said(value: object) -> bool:

@@ -1,0 +1,45 @@
+"""Gemini's generateContent, of the Gemini API and of Vertex AI, and its counting of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from extproc import form
+from extproc.dialects.dialect import NO_ADDRESS, Address, Seed
+from extproc.dialects.gemini import answers, errors, requests
+from extproc.dialects.gemini.calls import GeminiCalls, GeminiCountTokens
+from extproc.dialects.gemini.replies import StreamWriter, write_whole
+from extproc.dialects.gemini.upstream import write_request
+from extproc.errors import ProviderError
+
+__all__ = ["GeminiCountTokens", "GeminiGenerate"]
+
+
+class GeminiGenerate(GeminiCalls):
+    """`ChatDialect` for Gemini. Stateless."""
+
+    cannot = requests.CANNOT
+    fields = requests.FIELDS
+
+    def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:
+        return requests.read_request(body, address)
+
+    def write_request(self, request: form.Request, model: str, cap: int | None) -> bytes:
+        return write_request(request, model, cap)
+
+    def read_whole(self, body: bytes, seed: Seed) -> form.Answer:
+        return answers.read_whole(body, seed.request_id)
+
+    def write_whole(self, answer: form.Answer, seed: Seed) -> bytes:
+        return write_whole(answer, seed)
+
+    def read_error(self, status: int, body: bytes) -> ProviderError:
+        return errors.read(status, body)
+
+    def stream_reader(self, seed: Seed) -> answers.StreamReader:
+        return answers.StreamReader(seed.request_id)
+
+    def stream_writer(self, seed: Seed, *, array: bool = False) -> StreamWriter:
+        """`array`: what the caller gets is one JSON array, see `Address`."""
+        return StreamWriter(seed, array=array)

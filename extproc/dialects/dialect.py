@@ -56,11 +56,15 @@ class Dialect(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """What a writer cannot know from the provider's answer. `request` is what the caller asked."""
+    """What a writer cannot know from the provider's answer. `request` is what the caller asked.
+
+    `array`: a stream is to be written as one JSON array, see `Address`.
+    """
 
     request_id: str
     created_s: int
     request: Request
+    array: bool = False
 
 
 class StreamReader(Protocol):

@@ -40,6 +40,5 @@ class GeminiGenerate(GeminiCalls):
     def stream_reader(self, seed: Seed) -> answers.StreamReader:
         return answers.StreamReader(seed.request_id)
 
-    def stream_writer(self, seed: Seed, *, array: bool = False) -> StreamWriter:
-        """`array`: what the caller gets is one JSON array, see `Address`."""
-        return StreamWriter(seed, array=array)
+    def stream_writer(self, seed: Seed) -> StreamWriter:
+        return StreamWriter(seed)

@@ -56,6 +56,7 @@ _NUMBERED = {
     7: Finish.CONTENT_FILTER,
     8: Finish.CONTENT_FILTER,
 }
+_LOGPROB_BOUND = 1e9  # far beyond any, and what a float holds
 _UNFINISHED = (None, "", 0, "FINISH_REASON_UNSPECIFIED")
 
 
@@ -223,7 +224,7 @@ def _logprobs(result: object) -> tuple[form.TokenLogprob, ...]:
 def _tokens(values: object) -> Iterator[form.TokenLogprob]:
     for value in dicts(values):
         token, logprob = value.get("token"), value.get("logProbability", 0.0)
-        if isinstance(token, str) and isinstance(logprob, (int, float)):
+        if isinstance(token, str) and type(logprob) in (int, float) and abs(logprob) < _LOGPROB_BOUND:
             yield form.TokenLogprob(token, float(logprob))
 
 

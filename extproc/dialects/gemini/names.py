@@ -18,7 +18,7 @@ from extproc.dialects.fields import Names, invalid, objects, optional, wrong_typ
 OWN = "gemini"  # whose thought signatures these are
 
 _HUMP = re.compile(r"(?=[A-Z])")
-_GENERATION = re.compile(r"gemini-(\d+)")
+_GENERATION = re.compile(r"gemini-(\d{1,3})")
 _UNNUMBERED = 99  # `gemini-flash-latest`: newer than whatever is known here
 
 

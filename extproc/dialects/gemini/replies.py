@@ -114,10 +114,10 @@ class _Choice:
 
 
 class StreamWriter:
-    """The canonical form into a caller's stream. One for each stream; with `array`, as one JSON array."""
+    """The canonical form into a caller's stream. One for each stream; where the seed says so, as one JSON array."""
 
-    def __init__(self, seed: Seed, *, array: bool) -> None:
-        self._array = array
+    def __init__(self, seed: Seed) -> None:
+        self._array = seed.array
         self._first = True
         self._id = seed.request_id
         self._model = seed.request.model

@@ -78,7 +78,8 @@ from extproc.events import (
 from extproc.gate import Gate
 from extproc.identity import UnknownKey
 from extproc.itinerary import pick
-from extproc.metering import StreamMeter, count_texts, final_usage
+from extproc.jsonarray import JsonArrayParser, last_element
+from extproc.metering import Framing, StreamMeter, count_texts, final_usage
 from extproc.plan import Candidate, Plan, make_plan
 from extproc.pricing import Price
 from extproc.records import (
@@ -96,6 +97,7 @@ from extproc.records import (
     UsageRecord,
     UsageSource,
 )
+from extproc.sse import SseParser
 
 ROUTE_HEADER = "x-tollgate-internal-route"
 FIRST_BYTE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"  # how long an attempt may take to begin its answer
@@ -159,6 +161,7 @@ class Exchange:
         "_meter",
         "_out",
         "_overhead_ns",
+        "_passed",
         "_plan",
         "_principal",
         "_queue",
@@ -182,6 +185,7 @@ class Exchange:
         self._meter: StreamMeter
         self._backlog: list[Metered] = []
         self._out: list[bytes] = []
+        self._passed = False  # something of a stream has gone on to the caller
         self._queue: deque[ResponseBody | ResponseTrailers] = deque()  # what came while a chunk waits, or after the cut
         self._answer = bytearray()
         self._end = False
@@ -423,13 +427,15 @@ class Exchange:
     def _begin_answer(self, view: dict[str, str], removed: tuple[str, ...]) -> list[Command]:
         plan = self._admitted
         content_type = (view.get("content-type") or "").partition(";")[0].strip().lower()
-        if content_type == "text/event-stream" or (plan.call.stream and not content_type):
+        framing = self._framing(content_type)
+        if framing is not None:
             self._meter = StreamMeter(
                 self._dialect,
                 self._counter(),
                 self._gate.factor(self._candidate.target),
                 choices=plan.call.choices,
                 hide_usage=not plan.call.wants_usage,
+                framing=framing,
             )
             self._state = State.STREAMING
             removed += ("content-length",)
@@ -441,6 +447,12 @@ class Exchange:
         over = (quote(name, safe="/@*:+") for name in self._hold.over[:1])
         warning = tuple(("x-tollgate-budget", f"over its soft limit: {name}") for name in over)
         return [ContinueResponse(set_headers=(self._own_id(), *warning), remove_headers=removed)]
+
+    def _framing(self, content_type: str) -> Callable[[int], Framing] | None:
+        """How the answer is put together, if it is a stream, asked for or not."""
+        if content_type == "text/event-stream" or (self._admitted.call.stream and not content_type):
+            return SseParser
+        return JsonArrayParser if content_type == "application/json" and self._endpoint.address.array else None
 
     def _on_answer_chunk(self, event: ResponseBody) -> list[Command]:
         self._mark_first()
@@ -562,6 +574,7 @@ class Exchange:
     def _chunk(self, original: bytes | None) -> ForwardChunk:
         body = self._gate.redact(b"".join(self._out))  # whole events: no secret is in two halves
         self._out = []
+        self._passed = self._passed or bool(body)
         return _UNCHANGED if body == original else ForwardChunk(body)
 
     def _extend(self, fresh: bool) -> list[Command]:
@@ -605,7 +618,7 @@ class Exchange:
 
     def _end_stream(self) -> list[Command]:
         if not self._meter_ended():
-            self._out.append(self._dialect.render_error_event(UpstreamFailure("The provider's stream ended early.")))
+            self._out.append(self._error_event(UpstreamFailure("The provider's stream ended early.")))
         outcome = Outcome.OK if self._meter.complete else Outcome.UPSTREAM_ERROR
         return [self._chunk(None), *self._finish_stream(outcome)]
 
@@ -626,12 +639,17 @@ class Exchange:
     def _cut(self, error: TollgateError) -> list[Command]:
         """Tell the caller, then wait a moment for the event to reach it, then reset both sides."""
         self._blame = error
-        self._out.append(self._dialect.render_error_event(error))
+        self._out.append(self._error_event(error))
         commands: list[Command] = [self._chunk(None)]
         if self._end:
             return [*commands, *self._finish_stream(self._cut_outcome())]
         self._state = State.CUTTING
         return [*commands, SetTimer(limits.CUT_FLUSH_MS)]
+
+    def _error_event(self, error: TollgateError) -> bytes:
+        if not self._endpoint.address.array:
+            return self._dialect.render_error_event(error)
+        return last_element(self._dialect.render_error(error), first=not (self._passed or self._out))
 
     def _on_flushed(self, _: TimerFired) -> list[Command]:
         return self._reset()
@@ -850,6 +868,7 @@ class Exchange:
 
 
 _UNCHANGED = ForwardChunk()
+
 
 
 def _request_line(pairs: Headers) -> tuple[str, str, str]:

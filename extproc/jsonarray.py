@@ -6,7 +6,6 @@ Each element keeps its exact bytes and what stands before it, so that what is pa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from extproc.errors import StreamTooLarge
 from extproc.limits import MAX_EVENT_BYTES
@@ -81,18 +80,6 @@ class JsonArrayParser:
         return SseEvent(raw, raw[self._start :], None)
 
 
-class ArrayWriter:
-    """The other way: elements as they come into one JSON array."""
-
-    __slots__ = ("_begun",)
-
-    def __init__(self) -> None:
-        self._begun = False
-
-    def write(self, elements: Sequence[bytes], end: bool) -> bytes:
-        """The next piece of the array, its closing bracket included at the `end`."""
-        out = [(b",\n" if self._begun or number else b"[") + element for number, element in enumerate(elements)]
-        if end:
-            out.append(b"]" if self._begun or elements else b"[]")
-        self._begun = self._begun or bool(elements)
-        return b"".join(out)
+def last_element(element: bytes, *, first: bool) -> bytes:
+    """An element after which the array ends, wherever its provider was: what was sent of it becomes legal JSON."""
+    return (b"[" if first else b",\r\n") + element + b"]"

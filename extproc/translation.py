@@ -9,7 +9,6 @@ from extproc import form
 from extproc.dialects import CHAT
 from extproc.dialects.dialect import Address, ChatDialect, Seed
 from extproc.errors import BadRequest, ProviderError
-from extproc.jsonarray import ArrayWriter
 from extproc.providers import Provider
 from extproc.sse import SseParser
 
@@ -36,8 +35,7 @@ class Translation:
         self._request = form.without(asked, form.features(asked) & provider.cannot) if drop else asked
         self._provider = provider
         self._caller = caller
-        self._seed = Seed(request_id, created_s, asked)
-        self._array = ArrayWriter() if address.array else None
+        self._seed = Seed(request_id, created_s, asked, address.array)
         self._parser = SseParser()
         self._reader = provider.stream_reader(self._seed)
         self._writer = caller.stream_writer(self._seed)
@@ -59,18 +57,11 @@ class Translation:
         events = [event for block in self._parser.feed(data) if block.data for event in self._reader.read(block.data)]
         if end:
             events += self._end()
-        return self._framed(b"".join(map(self._writer.write, events)), end)
+        return b"".join(map(self._writer.write, events))
 
     def broken_off(self, error: ProviderError) -> bytes:
         """The event that tells the caller why its stream does not go on."""
-        return self._framed(self._writer.write(form.Failed(error)), end=True)
-
-    def _framed(self, events: bytes, end: bool) -> bytes:
-        """As server-sent events, which writers write, or as the array that the caller wants."""
-        if self._array is None:
-            return events
-        elements = [block.data for block in SseParser().feed(events) if block.data]
-        return self._array.write(elements, end)
+        return self._writer.write(form.Failed(error))
 
     def _end(self) -> list[form.StreamEvent]:
         """Some providers leave out the last line ends, and some streams have no closing event."""

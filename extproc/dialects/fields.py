@@ -136,6 +136,14 @@ def written(value: object) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
+def dumps(value: object) -> bytes:
+    """JSON of what has been read. A provider's half surrogate pair, which UTF-8 cannot carry, stays an escape."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
 # What providers answer ------------------------------------------------------------------------------------------------
 
 

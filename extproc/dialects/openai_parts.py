@@ -11,6 +11,7 @@ import orjson
 
 from extproc.dialects.fields import invalid, optional, parse, required
 from extproc.errors import BadRequest, ProviderError, TollgateError
+from extproc.form import Reasoning
 from extproc.limits import MAX_MODEL_NAME_CHARS
 
 # What a prompt costs besides its text. Holds are made from these, so each is an upper bound or says what it assumes.
@@ -162,3 +163,29 @@ def _text(value: object) -> str | None:
     if isinstance(value, str):
         return value or None
     return str(value) if type(value) is int else None
+
+
+# Reasoning ------------------------------------------------------------------------------------------------------------
+
+_UNTHINKING = ("gpt-3.5", "gpt-4", "chatgpt-4")  # refuse an effort, `none` included
+_LEAST_EFFORT = (("gpt-5.", "none"), ("gpt-5", "minimal"), ("o1", "low"), ("o3", "low"), ("o4", "low"))
+_BUDGETS = (("minimal", 1_024), ("low", 4_096), ("medium", 12_288))  # efforts in tokens, at most
+
+
+def thinks(model: str) -> bool:
+    """Whether a model may be told how much to think: OpenAI's older ones refuse every word about it."""
+    return not _bare(model).startswith(_UNTHINKING)
+
+
+def effort(reasoning: Reasoning, model: str) -> str | None:
+    """How much to think, in a word that the model knows. None: as it likes."""
+    asked, budget_tokens = reasoning.effort, reasoning.budget_tokens
+    if asked is None and budget_tokens is not None:
+        asked = next((word for word, most in _BUDGETS if budget_tokens <= most), "high") if budget_tokens else "none"
+    if asked == "none":
+        return next((least for prefix, least in _LEAST_EFFORT if _bare(model).startswith(prefix)), "none")
+    return asked
+
+
+def _bare(model: str) -> str:
+    return model.rsplit("/", 1)[-1]

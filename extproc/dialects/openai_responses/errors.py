@@ -1,0 +1,15 @@
+"""Errors in the middle of a stream of Responses. Whole ones are as in all of OpenAI's APIs."""
+
+from __future__ import annotations
+
+from extproc.dialects.fields import written
+from extproc.dialects.openai_parts import error_fields
+from extproc.errors import TollgateError
+
+
+def error_event(error: TollgateError, sequence_number: int) -> bytes:
+    """Said twice: as the reference has it, and nested, as OpenAI sends it and its Python client wants it."""
+    fields = error_fields(error)
+    flat = {name: fields[name] for name in ("code", "message", "param")}
+    event = {"type": "error", **flat, "sequence_number": sequence_number, "error": fields}
+    return b"event: error\ndata: " + written(event) + b"\n\n"

@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from extproc.dialects.dialect import Dialect
+from extproc.dialects.anthropic import AnthropicCountTokens, AnthropicMessages
+from extproc.dialects.dialect import ChatDialect, Dialect
+from extproc.dialects.gemini import GeminiCountTokens, GeminiGenerate
 from extproc.dialects.openai_chat import OpenAIChatCalls
+from extproc.dialects.openai_responses import OpenAIResponses
 
-# By exact path: what is not here is not served.
-DIALECTS: Mapping[str, Dialect] = MappingProxyType({"/v1/chat/completions": OpenAIChatCalls()})
+_CHAT: tuple[ChatDialect, ...] = (
+    OpenAIResponses(),
+    AnthropicMessages(),
+    GeminiGenerate(),
+)
+_OTHERS: tuple[Dialect, ...] = (
+    OpenAIChatCalls(),
+    AnthropicCountTokens(),
+    GeminiCountTokens(),
+)
+
+# By name: those that have the canonical form, so that each can be answered by each; and all.
+CHAT: Mapping[str, ChatDialect] = MappingProxyType({dialect.name: dialect for dialect in _CHAT})
+DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in (*_CHAT, *_OTHERS)})
 
 SPOKEN = frozenset({"openai"})  # the providers that are called in one of them

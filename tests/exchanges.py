@@ -76,6 +76,7 @@ CALLER = Principal("ranker@test.iam.gserviceaccount.com", "ranker@test.iam.gserv
 TOKEN = "Bearer a.b.c"
 
 INPUT_NANOUSD, OUTPUT_NANOUSD = 1_000, 2_000  # a token
+DEAR = 5  # how much dearer Anthropic's are
 LEASE = 10
 HEARTBEAT_MS = 20_000
 FIRST_BYTE_MS = 30_000
@@ -115,6 +116,8 @@ def gate(callers: Callers, clock: Clock, **changed: Any) -> Gate:
     rules = (
         PriceRule("openai/gpt-4o", INPUT_NANOUSD * 10**6, OUTPUT_NANOUSD * 10**6),
         PriceRule("openai/o3", INPUT_NANOUSD * 10**6, OUTPUT_NANOUSD * 10**6),
+        PriceRule("anthropic/*", DEAR * INPUT_NANOUSD * 10**6, DEAR * OUTPUT_NANOUSD * 10**6),
+        PriceRule("three-*", INPUT_NANOUSD * 10**6, OUTPUT_NANOUSD * 10**6),
     )
     policy = Policy(
         version="v",
@@ -125,6 +128,16 @@ def gate(callers: Callers, clock: Clock, **changed: Any) -> Gate:
             ModelRule("real-*", (Target("openai", "gpt-4.1"),)),
             ModelRule("elsewhere", (Target("anthropic", "claude-sonnet-4-5"),)),
             ModelRule("priceless", (Target("openai", "no-such-model"),)),
+            ModelRule("both", (Target("openai", "gpt-4o"), Target("anthropic", "claude-haiku-4-5")), 1_000),
+            ModelRule(
+                "three",
+                tuple(Target(name, f"three-{name}") for name in ("openai", "anthropic", "gemini")),
+                max_output_tokens=1_000,
+                reasoning=False,
+            ),
+            ModelRule(
+                "lenient", (Target("anthropic", "claude-haiku-4-5"),), max_output_tokens=1_000, drop_unsupported=True
+            ),
         ),
         prices=rules,
         budgets=(BudgetRule(Scope.SERVICE, "*", Window.DAY, Unit.NANOUSD, 5 * 10**9),),

@@ -30,6 +30,7 @@ from extproc.events import (
     Reply,
     RequestBody,
     RequestHeaders,
+    ResponseHeaders,
     ResponseTrailers,
     SetTimer,
     Settle,
@@ -38,10 +39,12 @@ from extproc.events import (
 )
 from extproc.exchange import FLAGS_HEADER, TRANSITIONS, State
 from extproc.headers import CALLERS_ONLY
+from extproc.itinerary import Itinerary
 from extproc.pricing import PriceBook
 from extproc.records import (
     NOTHING,
     Amount,
+    BudgetWindow,
     Hold,
     Lease,
     Outcome,
@@ -55,11 +58,14 @@ from tests.exchanges import (
     ADMISSION_MS,
     BUDGET_ID,
     CALLER,
+    DEAR,
     DONE,
+    FIRST_BYTE_MS,
     HEARTBEAT_MS,
     INPUT_NANOUSD,
     JSON,
     LEASE,
+    MESSAGES,
     OUTPUT_NANOUSD,
     PROMPT,
     REQUEST_ID,
@@ -1518,3 +1524,140 @@ def test_a_request_under_no_budget_is_metered_all_the_same() -> None:
     assert talk.one(PlaceHold).ask.budgets == ()
     complete(talk, [STREAM, USAGE, DONE])
     assert (talk.record.budget_id, talk.record.cost_nanousd) == (None, 12 * INPUT_NANOUSD + 34 * OUTPUT_NANOUSD)
+
+
+# Several targets ------------------------------------------------------------------------------------------------------
+
+BOTH = frozenset({"openai", "anthropic"})
+
+
+def failed_over(**fields: Any) -> Talk:
+    """A stream whose first target has failed, and whose second, dearer one, answers."""
+    talk = Talk(providers=lambda: BOTH)
+    talk.post(model="both", stream=True, **fields)
+    ask = talk.one(PlaceHold).ask
+    windows = tuple(BudgetWindow(budget, 0, 86_400_000) for budget in ask.budgets)
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, windows, ask.ask)))
+    talk.answered(headers=(*SSE, ("x-tollgate-internal-provider", "anthropic")))  # the second attempt's
+    return talk
+
+
+def test_the_chain_goes_with_the_request_and_the_itinerary_beside_it() -> None:
+    forward = failed_over().one(ForwardRequest)
+    headers = dict(forward.set_headers)
+    assert headers["x-tollgate-internal-route"] == "openai,anthropic"
+    assert headers["x-envoy-upstream-rq-per-try-timeout-ms"] == str(FIRST_BYTE_MS)
+    way = Itinerary.decode(forward.itinerary or "")
+    assert (way.request_id, way.dialect, way.stream) == (REQUEST_ID, "openai-chat", True)
+    assert (way.body_bytes, way.written) == (len(forward.body), True)
+    assert [leg.target.provider for leg in way.legs] == ["openai", "anthropic"]
+
+
+def test_a_whole_answer_may_take_its_time() -> None:
+    forward = Talk().sent().one(ForwardRequest)
+    assert "x-envoy-upstream-rq-per-try-timeout-ms" not in dict(forward.set_headers)
+
+
+def test_until_somebody_answers_the_dearest_is_held_for() -> None:
+    ask = failed_over().one(PlaceHold).ask
+    assert ask.ask.nanousd == DEAR * cost(2 * LEASE).nanousd
+
+
+def test_who_answers_is_who_is_billed_and_written_down() -> None:
+    talk = failed_over()
+    talk.chunk(delta(" one two", finish="stop") + usage(PROMPT, 2) + DONE, end=True)
+    record = talk.record
+    assert (record.provider, record.model, record.attempts) == ("anthropic", "claude-haiku-4-5", 2)
+    assert record.cost_nanousd == talk.settlement.actual.nanousd == DEAR * cost(2).nanousd
+    assert record.price_version == talk.gate.prices.price(Target("anthropic", "claude-haiku-4-5"), None).version
+
+
+def test_the_cheaper_first_target_makes_its_hold_reach_further() -> None:
+    talk = Talk(providers=lambda: BOTH)
+    talk.post(model="both", stream=True)
+    ask = talk.one(PlaceHold).ask
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, tuple(BudgetWindow(b, 0, 1) for b in ask.budgets), ask.ask)))
+    talk.feed(ResponseHeaders(((":status", "200"), ("x-tollgate-internal-provider", "openai"), *SSE), False))
+    assert talk.chunk(delta(" word" * (2 * LEASE - 1))) != []  # not one word of it waits
+
+
+def test_nobody_answered() -> None:
+    """No host was left, so that Envoy has no endpoint to name: the first target is in the record."""
+    talk = Talk(providers=lambda: BOTH)
+    talk.post(model="both", stream=True)
+    ask = talk.one(PlaceHold).ask
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, tuple(BudgetWindow(b, 0, 1) for b in ask.budgets), ask.ask)))
+    talk.answered(503, JSON)
+    talk.chunk(b"{}", end=True)
+    assert (talk.record.provider, talk.record.outcome) == ("openai", Outcome.UPSTREAM_ERROR)
+
+
+# What is no call ------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_for_whom_the_token_names() -> None:
+    talk = Talk()
+    talk.feed(RequestHeaders(request_headers(method="GET", path="/v1/models", content_type=""), True))
+    names = [model["id"] for model in orjson.loads(talk.one(Reply).body)["data"]]
+    assert "gpt-4o" in names
+    assert (talk.record.outcome, talk.record.status, talk.record.cost_nanousd) == (Outcome.OK, 200, 0)
+    assert talk.callers.asked
+
+
+def test_a_count_of_tokens_is_held_for_with_nothing() -> None:
+    talk = Talk(providers=lambda: BOTH)
+    talk.ask(path="/v1/messages/count_tokens")
+    talk.feed(RequestBody(orjson.dumps({"model": "elsewhere", "messages": MESSAGES}), True))
+    assert talk.one(PlaceHold).ask.ask == NOTHING
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, (), NOTHING)))
+    talk.answered()
+    talk.chunk(b'{"input_tokens":9}', end=True)
+    assert (talk.record.outcome, talk.record.cost_nanousd, talk.settlement.actual) == (Outcome.OK, 0, NOTHING)
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+def test_a_token_may_come_where_official_clients_put_a_key(header: str) -> None:
+    talk = Talk()
+    given = {"authorization": "" if header == "x-api-key" else TOKEN}
+    talk.ask(("x-api-key", TOKEN.removeprefix("Bearer ")), **given)
+    assert talk.callers.asked == [((TOKEN,), None)]
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("/v1/messages/batches", ("type", "error")),
+        ("/v1beta/cachedContents", ("error", "code")),
+        ("/v1/files", ("error", "type")),
+    ],
+)
+def test_an_unknown_path_is_refused_in_its_callers_shape(path: str, shape: tuple[str, str]) -> None:
+    talk = Talk()
+    talk.ask(path=path)
+    reply = talk.one(Reply)
+    body = orjson.loads(reply.body)
+    assert reply.status == 404
+    assert body["type"] == "error" if shape == ("type", "error") else shape[1] in body["error"]
+
+
+def test_a_stream_as_one_array_is_metered_and_cut_as_one() -> None:
+    talk = Talk(providers=lambda: frozenset({"gemini"}))
+    talk.ask(path="/v1beta/models/three:streamGenerateContent")
+    talk.feed(RequestBody(orjson.dumps({"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}), True))
+    ask = talk.one(PlaceHold).ask
+    windows = tuple(BudgetWindow(budget, 0, 1) for budget in ask.budgets)
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, windows, ask.least)))
+    talk.answered()
+
+    def element(text: str) -> bytes:
+        return orjson.dumps({"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": text}]}}]})
+
+    first = b"[" + element(" one")
+    talk.chunk(first)
+    talk.chunk(b",\n" + element(" two three four five six"))
+    talk.feed(LeaseAnswered(Lease(ask.least, limited_by=refusal(windows[0].budget))))
+    talk.feed(LeaseAnswered(Lease(ask.least, limited_by=refusal(windows[0].budget))))
+    sent = b"".join(first if chunk.body is None else chunk.body for chunk in talk.all(ForwardChunk))
+    elements = orjson.loads(sent)
+    assert elements[-1]["error"]["code"] == 429
+    assert talk.state is State.CUTTING

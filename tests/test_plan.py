@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
+from extproc.dialects import DIALECTS
 from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest, Unavailable
 from extproc.gate import Clock
 from extproc.plan import Plan, make_plan
 from extproc.records import Target
-from tests.exchanges import BUDGET_ID, CALLER, INPUT_NANOUSD, OUTPUT_NANOUSD, Callers, body, gate
+from tests.exchanges import BUDGET_ID, CALLER, DEAR, INPUT_NANOUSD, OUTPUT_NANOUSD, Callers, body, gate
 
 CHAT_COMPLETIONS = Endpoint(OpenAIChat())
 GATE = gate(Callers(), Clock(lambda: 0, lambda: 0))
@@ -24,7 +26,11 @@ def plan(data: bytes | None = None, forced: str | None = None, **fields: Any) ->
 
 def test_a_plan_has_the_call_its_route_price_and_budgets() -> None:
     made = plan(stream=True)
-    assert (made.call.model, made.route.name, made.candidates[0].target) == ("gpt-4o", "gpt-4o", Target("openai", "gpt-4o"))
+    assert (made.call.model, made.route.name, made.candidates[0].target) == (
+        "gpt-4o",
+        "gpt-4o",
+        Target("openai", "gpt-4o"),
+    )
     assert (made.price.bands[-1].input, made.price.bands[-1].output) == (INPUT_NANOUSD * 10**6, OUTPUT_NANOUSD * 10**6)
     assert [budget.id for budget in made.budgets] == [BUDGET_ID]
 
@@ -86,3 +92,98 @@ def test_what_cannot_be_planned_is_a_bad_request(data: bytes, forced: str | None
 def test_what_is_offered_and_cannot_be_reached_is_unavailable() -> None:
     with pytest.raises(Unavailable):
         plan(model="elsewhere")
+
+
+# Several targets ------------------------------------------------------------------------------------------------------
+
+EVERYBODY = gate(Callers(), Clock(lambda: 0, lambda: 0), providers=lambda: frozenset({"openai", "anthropic", "gemini"}))
+
+
+def chain(endpoint: Endpoint = CHAT_COMPLETIONS, forced: str | None = None, **fields: Any) -> Plan:
+    return make_plan(EVERYBODY, endpoint, CALLER, body(**fields), forced)
+
+
+def providers(made: Plan) -> list[str]:
+    return [candidate.target.provider for candidate in made.candidates]
+
+
+def test_every_target_that_can_is_a_candidate_in_order() -> None:
+    made = chain(model="three")
+    assert providers(made) == ["openai", "anthropic", "gemini"]
+    assert [candidate.native for candidate in made.candidates] == [True, False, False]
+    assert made.route.targets == tuple(candidate.target for candidate in made.candidates)
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({"seed": 7}, ["openai", "gemini"]),
+        ({"n": 2}, ["openai", "gemini"]),
+        ({"logit_bias": {"1": 1}}, ["openai"]),
+        ({"tools": [{"type": "web_search"}]}, ["openai"]),
+        ({"something_new": 1}, ["openai"]),
+        ({"user": "u", "metadata": {}, "store": False}, ["openai", "anthropic", "gemini"]),
+    ],
+    ids=["seed", "n", "logit_bias", "a provider's own tool", "an unknown field", "what changes nothing"],
+)
+def test_a_chain_skips_a_target_that_cannot(fields: dict[str, Any], left: list[str]) -> None:
+    assert providers(chain(model="three", **fields)) == left
+
+
+def test_where_none_can_the_field_is_named() -> None:
+    with pytest.raises(BadRequest) as caught:
+        chain(model="both", forced="anthropic", seed=7)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "seed")
+
+
+def test_the_policy_may_have_it_dropped() -> None:
+    made = chain(model="lenient", seed=7, something_new=1)
+    assert made.itinerary("r", 1).drop
+    image = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    with pytest.raises(BadRequest) as caught:  # but not what the call is about
+        chain(model="lenient", messages=[{"role": "user", "content": [image]}])
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_until_somebody_answers_the_dearest_counts() -> None:
+    made = chain(model="both")
+    assert made.price.bands[-1].output == DEAR * OUTPUT_NANOUSD * 10**6
+    assert [candidate.price.bands[-1].output // 10**6 for candidate in made.candidates] == [
+        OUTPUT_NANOUSD,
+        DEAR * OUTPUT_NANOUSD,
+    ]
+
+
+def test_one_that_may_think_unseen_is_held_for_whole() -> None:
+    """Asked for thoughts, a model of another dialect bills what it does not show."""
+    assert chain(model="both", stream=True).cuttable
+    assert not chain(model="both", stream=True, reasoning_effort="high").cuttable
+
+
+def test_the_body_is_the_first_targets_or_as_it_came() -> None:
+    native = chain(model="both", max_tokens=5)
+    assert (native.written, b'"gpt-4o"' in native.body()) == (True, True)
+    foreign = chain(model="both", forced="anthropic", max_tokens=5)
+    assert (foreign.written, foreign.body()) == (False, foreign.raw)
+
+
+def test_targets_are_told_what_they_need() -> None:
+    made = chain(model="both", max_tokens=5, stream=True)
+    way = made.itinerary("6f1c", 99)
+    assert [(leg.target, leg.cap) for leg in way.legs] == [(one.target, 5) for one in made.candidates]
+    assert (way.dialect, way.stream, way.body_bytes, way.written) == ("openai-chat", True, 99, True)
+
+
+def test_what_has_no_other_dialect_goes_only_where_it_is_spoken() -> None:
+    embeddings = Endpoint(DIALECTS["openai-embeddings"])
+    made = make_plan(EVERYBODY, embeddings, CALLER, orjson.dumps({"model": "three", "input": "hi"}), None)
+    assert providers(made) == ["openai"]
+    with pytest.raises(BadRequest) as caught:
+        make_plan(EVERYBODY, embeddings, CALLER, orjson.dumps({"model": "three", "input": "hi"}), "gemini")
+    assert caught.value.code == "unsupported_endpoint"
+
+
+def test_counting_tokens_costs_nothing() -> None:
+    counting = Endpoint(DIALECTS["anthropic-count-tokens"])
+    made = make_plan(EVERYBODY, counting, CALLER, body(model="three"), None)
+    assert (made.call.billed, made.price.hold_cost(1_000, 1_000)) == (False, 0)

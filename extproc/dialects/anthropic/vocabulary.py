@@ -14,7 +14,7 @@ ORIGIN = "anthropic-messages"  # whose signatures these are; they hold on every 
 
 
 def dumps(value: object) -> bytes:
-    """JSON. What the fast writer refuses, models write all the same: half surrogate pairs, huge integers."""
+    """JSON. What the fast writer refuses, models write all the same: half surrogate pairs."""
     try:
         return orjson.dumps(value)
     except TypeError:

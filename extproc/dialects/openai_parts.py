@@ -9,10 +9,10 @@ from typing import Any
 
 import orjson
 
-from extproc.dialects.fields import invalid, optional, parse, required
+from extproc.dialects.fields import Names, invalid, is_a, members, optional, parse, required, spliced, wrong_type
 from extproc.errors import BadRequest, ProviderError, TollgateError
 from extproc.form import Reasoning
-from extproc.limits import MAX_MODEL_NAME_CHARS
+from extproc.limits import MAX_INPUT_TOKENS, MAX_INPUTS, MAX_MODEL_NAME_CHARS
 
 # What a prompt costs besides its text. Holds are made from these, so each is an upper bound or says what it assumes.
 # The first four hold for OpenAI's own models; other providers add up to a thousand tokens of instructions of their own.
@@ -37,6 +37,8 @@ LARGEST_CONTEXT_TOKENS = 1_047_576
 _ROUTING_FIELDS = frozenset(
     ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
 )
+
+_OPTION_FIELDS = Names(("include_usage",))
 
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 
@@ -115,6 +117,57 @@ def data_url(url: str) -> tuple[str, str] | None:
     """(media type, base64) of a `data:` URL, None for any other."""
     match = _DATA_URL.match(url)
     return (match["type"].lower(), url[match.end() :]) if match else None
+
+
+def wants_usage(body: Mapping[str, Any], stream: bool) -> bool:
+    """Whether a caller of chat, or of completions, asked for figures at the end of its stream."""
+    options = optional(body, "stream_options", dict)
+    if options is None:
+        return False
+    if not stream:
+        problem = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise BadRequest(problem, code="invalid_value", param="stream_options")
+    _OPTION_FIELDS.refuse_misspelt(options, "stream_options.")
+    return bool(optional(options, "include_usage", bool, "stream_options."))
+
+
+def with_usage(body: Mapping[str, Any], raw: bytes) -> bytes:
+    """The caller's `stream_options`, with the figures asked for."""
+    options = members(raw)["stream_options"] if body.get("stream_options") else b"{}"
+    return spliced(options, {"include_usage": True})
+
+
+def read_inputs(body: Mapping[str, Any], name: str, prompt: Prompt) -> int:
+    """A text, or several, or either as token ids, into `prompt`. Returns how many texts."""
+    given = body.get(name)
+    if isinstance(given, str):
+        prompt.texts.append(given)
+        return 1
+    inputs: list[Any] = required(body, name, list)
+    if not inputs:
+        raise invalid(name, "empty array. Expected an array with minimum length 1", "empty_array")
+    if is_a(inputs[0], int):
+        prompt.extra += _token_ids(inputs, name)
+        return 1
+    if len(inputs) > MAX_INPUTS:
+        raise invalid(name, f"array too long. Expected at most {MAX_INPUTS} texts", "array_above_max_length")
+    for i, text in enumerate(inputs):
+        if isinstance(text, str):
+            prompt.texts.append(text)
+        elif isinstance(text, list):
+            prompt.extra += _token_ids(text, f"{name}[{i}]")
+        else:
+            raise wrong_type(f"{name}[{i}]", "one of a string or array of integers", text)
+    return len(inputs)
+
+
+def _token_ids(ids: list[Any], where: str) -> int:
+    if len(ids) > MAX_INPUT_TOKENS:
+        raise invalid(where, f"array too long. Expected at most {MAX_INPUT_TOKENS} tokens", "array_above_max_length")
+    for i, token in enumerate(ids):
+        if not is_a(token, int):
+            raise wrong_type(f"{where}[{i}]", "an integer", token)
+    return len(ids)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

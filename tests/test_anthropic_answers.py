@@ -394,7 +394,10 @@ def test_any_events_are_read_and_written(events: list[dict[str, Any]]) -> None:
 def test_arguments_too_deep_to_be_written_are_none() -> None:
     deep = b'{"a":' * 990 + b"1" + b"}" * 990
     data = b'{"type":"content_block_start","content_block":{"type":"tool_use","input":%s}}' % deep
-    assert isinstance(read_all(data, STOP)[-1], form.ToolArguments)
+    assert read_all(data, STOP)[-1] == form.ToolArguments(0, 0, "{}")
+    answer = Answer(None, None, (Choice(0, (ToolCall("c", "f", deep.decode()),), None),), None)
+    (call,) = json.loads(CLAUDE.write_whole(answer, SEED))["content"]
+    assert call["input"] == {"arguments": deep.decode()}
 
 
 # --- Streams: what is written -----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from openai.types.chat import ChatCompletionUserMessageParam
 
 from extproc.limits import MAX_WORKERS
 from extproc.local.valkey import LocalValkey, free_port
+from extproc.providers import PROVIDERS
 
 COMMAND = (sys.executable, "-m", "extproc")
 QUESTION = ChatCompletionUserMessageParam(role="user", content="Hello")
@@ -160,7 +161,7 @@ def test_it_says_what_it_does_and_when_it_is_ready(up: Stack) -> None:
     before = lines[: lines.index(f"ready {up.url}")]
     assert before == [
         "starting valkey",
-        "starting a scripted provider, since there is no OPENAI_API_KEY: it replays recorded answers",
+        "starting a scripted provider, which replays recorded answers, for want of a key: openai, anthropic, gemini",
         "starting usage store",
         "starting processor",
         "starting envoy",
@@ -332,7 +333,13 @@ def test_a_provider_and_a_redis_of_ones_own(up: Stack) -> None:
     try:
         with (
             LocalValkey(directory / "v") as valkey,
-            stack(OPENAI_BASE_URL=f"{up.url}/v1", OPENAI_API_KEY=up.token, REDIS_URL=valkey.url) as one,
+            stack(
+                OPENAI_BASE_URL=f"{up.url}/v1",
+                OPENAI_API_KEY=up.token,
+                ANTHROPIC_BASE_URL=up.url,
+                GEMINI_API_KEY="canary-of-gemini",
+                REDIS_URL=valkey.url,
+            ) as one,
         ):
             assert _of_whom(one, up.token) == {"extproc serve"}
             assert stat.S_IMODE((one.state_dir / "stack.env").stat().st_mode) == 0o600
@@ -369,6 +376,17 @@ def _command(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
 
 
+def places_of(one: Stack) -> dict[str, dict[str, object]]:
+    """Where Envoy looks for each provider."""
+    clusters = yaml.safe_load((one.state_dir / "envoy.yaml").read_text())["static_resources"]["clusters"]
+    hosts = {
+        c["name"]: c["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+        for c in clusters
+        if c["name"] in PROVIDERS
+    }
+    return {name: host["address"]["socket_address"] for name, host in hosts.items()}
+
+
 POLICY_OF_ONES_OWN = """
 identity: {audiences: [a], issuers: [https://accounts.google.com], allow: ["*"]}
 models: {mini: {targets: [openai/gpt-4o-mini]}}
@@ -376,16 +394,23 @@ models: {mini: {targets: [openai/gpt-4o-mini]}}
 
 
 def test_a_key_in_a_file_and_a_policy_of_ones_own(tmp_path: Path) -> None:
-    """With a key there is no scripted provider. What is printed names a caller and a model that the policy lets in."""
+    """What has a key is no scripted provider. What is printed names a caller and a model that the policy lets in."""
     (tmp_path / "policy.yaml").write_text(POLICY_OF_ONES_OWN)
     (tmp_path / "OPENAI_API_KEY").write_text("sk-canary-0123456789")
     (tmp_path / "GEMINI_API_KEY").write_text("sk-canary-of-gemini")
-    with stack(TOLLGATE_SECRETS_DIR=str(tmp_path), TOLLGATE_POLICY=str(tmp_path / "policy.yaml")) as one:
-        assert "scripted provider" not in one.said
-        config = yaml.safe_load((one.state_dir / "envoy.yaml").read_text())
-        (openai_,) = (c for c in config["static_resources"]["clusters"] if c["name"] == "openai")
-        endpoint = openai_["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-        assert endpoint["address"]["socket_address"] == {"address": "api.openai.com", "port_value": 443}
+    environment = {
+        "TOLLGATE_SECRETS_DIR": str(tmp_path),
+        "TOLLGATE_POLICY": str(tmp_path / "policy.yaml"),
+        "LOCAL_BASE_URL": "http://127.0.0.1:1/v1",
+    }
+    with stack(**environment) as one:
+        assert "for want of a key: anthropic\n" in one.said
+        places = places_of(one)
+        assert places["openai"] == {"address": "api.openai.com", "port_value": 443}
+        assert places["gemini"] == {"address": "generativelanguage.googleapis.com", "port_value": 443}
+        assert places["anthropic"]["address"] == "127.0.0.1"
+        assert places["local"] == {"address": "127.0.0.1", "port_value": 1}
+        assert places.keys() == {"openai", "gemini", "anthropic", "local"}, "the others have no key"
         assert "for dev@example.com" in one.said
         assert '"model": "mini"' in one.said
         with pytest.raises(openai.BadRequestError) as raised:

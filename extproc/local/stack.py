@@ -21,14 +21,13 @@ from typing import Any
 
 import requests
 
-from extproc.dialects import SPOKEN
 from extproc.errors import PolicyInvalid
 from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_UNIX_PATH_BYTES, MAX_WORKERS
 from extproc.local import example
 from extproc.local.envoy_config import Places, envoy_binary, render
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.provider import ScriptedProvider
-from extproc.local.replay import choose
+from extproc.local.replay import REPLAYED, base_url, choose
 from extproc.local.valkey import LocalValkey, ValkeyFailed, free_port
 from extproc.policy import parse_policy
 from extproc.process import Child
@@ -104,18 +103,19 @@ class _Stack:
         }
         env |= await self._issuer(parts)
         env |= self._redis(parts)
-        env |= await self._provider(parts)
+        env |= await self._replayed(parts)
+        base_urls = self._reached(env)
         self._write_env_file(env)
         without_keys = {name: value for name, value in env.items() if name not in _KEYS}
         await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), without_keys, 5.0)
         processor = (sys.executable, "-m", "extproc", "serve")
         await self._run_child(parts, "processor", processor, env, _PROCESSOR_GRACE_S)
-        await self._run_envoy(parts, without_keys)
+        await self._run_envoy(parts, without_keys, base_urls)
         await self._await_ready()
         email = example.caller(policy)
         audience = policy.identity.audiences[0]
         token = DevIssuer.open(self._state_dir).mint(email, audience, MAX_TOKEN_LIFETIME_S, time.time())
-        _announce(self._port, email, token, example.model(policy, SPOKEN))
+        _announce(self._port, email, token, example.model(policy, base_urls))
 
     def _policy_path(self) -> Path:
         """The named policy, else a copy of the default one, which may be changed while the stack runs."""
@@ -150,18 +150,32 @@ class _Stack:
         parts.callback(valkey.stop)
         return {"REDIS_URL": valkey.url}
 
-    async def _provider(self, parts: AsyncExitStack) -> dict[str, str]:
-        """Where OpenAI's calls go: to OpenAI, to OPENAI_BASE_URL, or to the scripted provider."""
-        key = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDERS).key("openai")
-        if self._env.get("OPENAI_BASE_URL"):
-            return {} if key else {"OPENAI_API_KEY": "none"}
-        if key:
-            return {}
-        _say("starting a scripted provider, since there is no OPENAI_API_KEY: it replays recorded answers")
+    async def _replayed(self, parts: AsyncExitStack) -> dict[str, str]:
+        """Where providers without a key are called: at their base URL, if one is set, else at the scripted provider."""
+        keys = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDERS)
+        keyless = [PROVIDERS[name] for name in REPLAYED if keys.key(name) is None]
+        scripted = [one for one in keyless if not self._env.get(one.base_url_variable)]
+        env = {one.key_variable: "none" for one in keyless if one not in scripted}
+        if not scripted:
+            return env
+        names = ", ".join(one.name for one in scripted)
+        _say(f"starting a scripted provider, which replays recorded answers, for want of a key: {names}")
         provider = ScriptedProvider(choose)
         await provider.start()
         parts.push_async_callback(provider.close)
-        return {"OPENAI_BASE_URL": f"http://127.0.0.1:{provider.port}/v1", "OPENAI_API_KEY": "scripted"}
+        for one in scripted:
+            env |= {one.key_variable: "scripted", one.base_url_variable: base_url(provider.port, one.name)}
+        return env
+
+    def _reached(self, env: Mapping[str, str]) -> dict[str, str]:
+        """The base URLs of the providers that are called: those with a key, or with Google's tokens in its place."""
+        keys = SecretStore.of(self._settings.secrets_dir, env, PROVIDERS)
+        base_urls = Settings.from_environment(env).base_urls
+        return {
+            name: url
+            for name, url in base_urls.items()
+            if keys.key(name) is not None or PROVIDERS[name].publisher is not None
+        }
 
     def _write_env_file(self, env: Mapping[str, str]) -> None:
         """For `tollgate usage` and the others, so that they find this stack. REDIS_URL may hold a password."""
@@ -171,9 +185,8 @@ class _Stack:
         path.chmod(0o600)  # also one that was there before
         path.write_text("".join(f"{name}={env[name]}\n" for name in names if name in env))
 
-    async def _run_envoy(self, parts: AsyncExitStack, env: Mapping[str, str]) -> None:
+    async def _run_envoy(self, parts: AsyncExitStack, env: Mapping[str, str], base_urls: Mapping[str, str]) -> None:
         config = self._state_dir / "envoy.yaml"
-        base_urls = Settings.from_environment(env).base_urls
         config.write_text(
             render(
                 Places(

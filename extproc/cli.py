@@ -164,22 +164,24 @@ def budgets(as_json: bool) -> None:
 @click.option("--envoy", type=click.Path(path_type=Path), help="Envoy's configuration; the repository's by default.")
 def check(path: Path | None, envoy: Path | None) -> None:
     """Check the policy (PATH, or the one in use) and Envoy's configuration."""
-    from extproc.dialects import SPOKEN
     from extproc.local import envoy_config
     from extproc.policy import doubts
 
     path = path or _stack_settings().policy_path
-    problems: list[str] = []
-    try:
-        _policy(path)
-        problems += [_located(path, doubt) for doubt in doubts(path.read_text(), SPOKEN)]
-    except PolicyInvalid as error:
-        problems += error.problems
     envoy = envoy or envoy_config.TEMPLATE
+    chains: frozenset[tuple[str, ...]] | None = None
+    refused: list[str] = []
     try:
-        problems += envoy_config.problems(envoy)
+        refused = envoy_config.problems(envoy)
+        chains = None if refused else envoy_config.chains(envoy.read_text())
     except ImportError:
         click.echo(f"{envoy}: not checked, because Envoy is not installed here", err=True)
+    try:
+        _policy(path)
+        problems = [_located(path, doubt) for doubt in doubts(path.read_text(), chains)]
+    except PolicyInvalid as error:
+        problems = list(error.problems)
+    problems += refused
     for problem in problems:
         click.echo(problem)
     if problems:

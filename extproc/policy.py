@@ -179,16 +179,15 @@ def parse_policy(text: str) -> Policy:
     return policy
 
 
-def doubts(text: str, spoken: Collection[str]) -> tuple[str, ...]:
-    """What a policy that can be used will refuse its callers, in the form of `parse_policy`, which raises for others.
+def doubts(text: str, chains: Collection[tuple[str, ...]] | None) -> tuple[str, ...]:
+    """What in a usable policy cannot be as it says, in the form of `parse_policy`, which raises for others.
 
-    `spoken` are the providers that this gateway calls.
+    `chains` are those of envoy.yaml: the providers of each, in the order of attempts. None where they are not known.
     """
     source, policy = _read_yaml(text), parse_policy(text)
     for rule in policy.models:
-        if not any(target.provider in spoken for target in rule.targets):
-            names = ", ".join(sorted({target.provider for target in rule.targets}))
-            source.report(("models", rule.pattern), f"cannot be called: this gateway does not speak to {names}")
+        if chains is not None and (doubt := _doubt(rule, chains)) is not None:
+            source.report(("models", rule.pattern), doubt)
     groups: set[tuple[Scope, Window, Unit, Mode]] = set()
     for index, budget in enumerate(policy.budgets):
         group = (budget.scope, budget.window, budget.unit, budget.mode)
@@ -198,6 +197,17 @@ def doubts(text: str, spoken: Collection[str]) -> tuple[str, ...]:
             break
         groups.add(group)
     return tuple(message for _, message in sorted(source.problems))
+
+
+def _doubt(rule: ModelRule, chains: Collection[tuple[str, ...]]) -> str | None:
+    """What is wrong with a rule's targets, as attempts of Envoy's."""
+    providers = tuple(target.provider for target in rule.targets)
+    missing = [provider for provider in dict.fromkeys(providers) if (provider,) not in chains]
+    if missing:
+        return f"envoy.yaml has no route to {', '.join(missing)}"
+    if len(set(providers)) > 1 and providers not in chains:
+        return f"no chain {','.join(providers)} in envoy.yaml: only {providers[0]} would be asked"
+    return None
 
 
 def _check_budgets(budgets: tuple[BudgetRule, ...], report: Callable[[_Path, str], None]) -> None:

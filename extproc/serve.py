@@ -14,7 +14,6 @@ import uvloop
 
 from extproc import tokens
 from extproc.counting import PromptCounter
-from extproc.dialects import SPOKEN
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
 from extproc.gate import Clock, Gate
@@ -157,9 +156,8 @@ class Processor:
         return dataclasses.replace(rules, issuers=rules.issuers + own)
 
     def _providers(self) -> frozenset[str]:
-        """Those that are spoken to, have a place and have a key."""
-        known = SPOKEN & self._settings.base_urls.keys()
-        return frozenset(name for name in known if self._all_secrets.key(name) is not None)
+        """Those that have a place and a key."""
+        return frozenset(name for name in self._settings.base_urls if self._all_secrets.key(name) is not None)
 
     def _open(self, role: str, send: Send, end: End) -> Session | None:
         if role == "gate":

@@ -22,6 +22,7 @@ from extproc.budget import window_at
 from extproc.journal import Journal, encode
 from extproc.ledger import Ledger
 from extproc.limits import MIB
+from extproc.local.envoy_config import TEMPLATE
 from extproc.local.issuer import DevIssuer
 from extproc.local.valkey import LocalValkey
 from extproc.policy import parse_policy
@@ -273,13 +274,22 @@ class TestCheck:
         assert len(lines) == 2
         assert all(line.startswith("other.yaml:9: budgets[0]") for line in lines)
 
-    def test_names_what_would_be_refused(self, directory: Path) -> None:
-        (directory / "other.yaml").write_text(POLICY.replace('"*": {', 'claude: {targets: [anthropic/x]}\n  "*": {'))
+    def test_names_what_envoy_has_no_chain_for(self, directory: Path) -> None:
+        (directory / "other.yaml").write_text(POLICY.replace('"*": {', 'x: {targets: [mistral/x, openai/y]}\n  "*": {'))
         result = tollgate("check", "other.yaml")
         assert result.exit_code == 1
         assert result.stdout == (
-            "other.yaml:7: models.claude: cannot be called: this gateway does not speak to anthropic\n"
+            "other.yaml:7: models.x: no chain mistral,openai in envoy.yaml: only mistral would be asked\n"
         )
+
+    def test_chains_are_those_of_the_file_that_is_named(self, directory: Path) -> None:
+        chains = TEMPLATE.read_text().replace('exact: "openai,gemini"', 'exact: "gone"')
+        (directory / "envoy.yaml").write_text(chains)
+        (directory / "other.yaml").write_text(POLICY.replace('"openai/*"', "openai/a, gemini/b"))
+        assert tollgate("check", "other.yaml").exit_code == 0
+        result = tollgate("check", "other.yaml", "--envoy", "envoy.yaml")
+        assert result.exit_code == 1
+        assert "no chain openai,gemini" in result.stdout
 
     def test_of_no_file(self) -> None:
         result = tollgate("check", "none.yaml")
@@ -292,11 +302,12 @@ class TestCheck:
         assert result.exit_code == 1
         assert result.stdout == "envoy.yaml: no such cluster\n"
 
-    def test_says_when_there_is_no_envoy_to_ask(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_says_when_there_is_no_envoy_to_ask(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def problems(path: Path) -> list[str]:
             raise ImportError
 
         monkeypatch.setattr("extproc.local.envoy_config.problems", problems)
+        (directory / "policy.yaml").write_text(POLICY.replace('"openai/*"', "mistral/a, openai/b"))
         result = tollgate("check")
         assert result.exit_code == 0
         assert "not checked" in result.stderr

@@ -361,19 +361,45 @@ def test_most_specific(patterns: list[str], names: list[str], expected: str | No
     assert (found.pattern if found else None) == expected
 
 
-def test_doubts_are_models_that_nobody_speaks_for_and_budgets_beyond_the_bound() -> None:
-    models = "models:\n  both: {targets: [gemini/g, openai/o]}\n  other: {targets: [gemini/g, anthropic/*]}\n"
+CHAINS = frozenset({("openai",), ("gemini",), ("anthropic",), ("openai", "gemini"), ("gemini", "anthropic", "openai")})
+
+
+@pytest.mark.parametrize(
+    ("targets", "doubt"),
+    [
+        ("openai/o", None),
+        ("openai/o, gemini/g", None),
+        ("gemini/g, anthropic/c, openai/o", None),
+        ("openai/o, openai/p", None),
+        ("gemini/g, openai/o", "no chain gemini,openai in envoy.yaml: only gemini would be asked"),
+        ("gemini/g, anthropic/c", "no chain gemini,anthropic in envoy.yaml: only gemini would be asked"),
+        ("openai/o, openai/p, gemini/g", "no chain openai,openai,gemini in envoy.yaml: only openai would be asked"),
+        ("groq/l", "envoy.yaml has no route to groq"),
+        ("xai/x, openai/o, groq/l", "envoy.yaml has no route to xai, groq"),
+    ],
+    ids=[
+        *("one", "a pair", "three", "one, twice", "another order", "a part of a chain", "twice within a chain"),
+        *("no cluster", "no clusters"),
+    ],
+)
+def test_a_rule_whose_targets_envoy_has_no_chain_for_is_doubted(targets: str, doubt: str | None) -> None:
+    text = f"{IDENTITY}models:\n  fine: {{targets: [openai/o]}}\n  mine: {{targets: [{targets}]}}\n"
+    assert doubts(text, CHAINS) == ((f"line 4: models.mine: {doubt}",) if doubt else ())
+    assert doubts(text, None) == (), "nothing is known of Envoy"
+
+
+def test_budgets_beyond_the_bound_are_doubted_beside_models() -> None:
+    models = "models:\n  both: {targets: [openai/o, gemini/g]}\n  other: {targets: [gemini/g, openai/o]}\n"
     rows = [
         f"  - {{scope: {scope}, id: x, window: {window}, limit_tokens: 1}}\n"
         for scope in ("service", "user", "team", "model")
         for window in Window
     ]
-    text = IDENTITY + models + "budgets:\n" + "".join(rows[: limits.MAX_BUDGETS_PER_REQUEST])
-    assert doubts(text, {"openai", "gemini"}) == doubts(LEAST, {"openai"}) == ()
-    same_kinds = "".join(row.replace("id: x", "id: y") for row in rows[: limits.MAX_BUDGETS_PER_REQUEST])
-    model = "line 4: models.other: cannot be called: this gateway does not speak to anthropic, gemini"
-    assert doubts(text + same_kinds, {"openai"}) == (model,)
     count = limits.MAX_BUDGETS_PER_REQUEST
+    text = IDENTITY + models + "budgets:\n" + "".join(rows[:count])
+    same_kinds = "".join(row.replace("id: x", "id: y") for row in rows[:count])
+    model = "line 4: models.other: no chain gemini,openai in envoy.yaml: only gemini would be asked"
+    assert doubts(text + same_kinds, CHAINS) == (model,)
     budget = f"line {5 + count + 1}: budgets[{count}]: is one too many: "
-    found = doubts(text + rows[count] + rows[count + 1], {"openai"})
+    found = doubts(text + rows[count] + rows[count + 1], CHAINS)
     assert [doubt.startswith(start) for doubt, start in zip(found, (model, budget), strict=True)] == [True, True]

@@ -178,13 +178,6 @@ class GeminiCalls:
         """An event for which Google's clients raise in the middle of a stream."""
         return b"data: " + render(error) + b"\r\n\r\n"
 
-    def array_error(self, error: TollgateError, first: bool) -> bytes:
-        """The same as the last element of a stream that is one JSON array: what was sent of it becomes legal JSON.
-
-        `first`: nothing was sent yet.
-        """
-        return (b"[" if first else b",") + render(error) + b"]"
-
 
 class GeminiCountTokens:
     """`:countTokens`, which Google does not bill. Native only."""

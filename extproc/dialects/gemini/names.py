@@ -6,13 +6,11 @@ and writes enumerations as numbers where it is asked to (https://protobuf.dev/pr
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
+from extproc.dialects import fields
 from extproc.dialects.fields import Names, invalid, objects, optional, wrong_type
 
 OWN = "gemini"  # whose thought signatures these are
@@ -31,12 +29,12 @@ class Spelling:
         self._camel = {snake(name): name for name in names} | {name: name for name in names}
         self._names = Names(self._camel)
 
-    def read(self, fields: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """`fields` under their camelCase names. Raises BadRequest for one that is given twice, or is misspelt."""
-        self._names.refuse_misspelt(fields, where)
+    def read(self, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """`given` under its camelCase names. Raises BadRequest for one that is given twice, or is misspelt."""
+        self._names.refuse_misspelt(given, where)
         read: dict[str, Any] = {}
-        for given, value in fields.items():
-            name = self._camel.get(given, given)
+        for spelling, value in given.items():
+            name = self._camel.get(spelling, spelling)
             if name in read:
                 raise invalid(where + name, "given under both of its names")
             read[name] = value
@@ -50,19 +48,19 @@ def snake(name: str) -> str:
     return _HUMP.sub("_", name).lower()
 
 
-def spelt(fields: Mapping[str, Any], name: str) -> str:
-    """The one of a field's names that is in `fields`, else the camelCase one."""
-    return snake(name) if snake(name) in fields else name
+def spelt(given: Mapping[str, Any], name: str) -> str:
+    """The one of a field's names that is in `given`, else the camelCase one."""
+    return snake(name) if snake(name) in given else name
 
 
-def message(fields: Mapping[str, Any], name: str, spelling: Spelling, where: str = "") -> dict[str, Any]:
+def message(given: Mapping[str, Any], name: str, spelling: Spelling, where: str = "") -> dict[str, Any]:
     """A field that is an object: its own fields, none where it is absent."""
-    return spelling.read(optional(fields, name, dict, where) or {}, f"{where}{name}.")
+    return spelling.read(optional(given, name, dict, where) or {}, f"{where}{name}.")
 
 
-def messages(fields: Mapping[str, Any], name: str, where: str = "") -> list[dict[str, Any]]:
+def messages(given: Mapping[str, Any], name: str, where: str = "") -> list[dict[str, Any]]:
     """A field that is a list of objects, or one object for a list of one."""
-    value = fields.get(name)
+    value = given.get(name)
     if value is None:
         return []
     if isinstance(value, dict):
@@ -79,12 +77,8 @@ def generation(model: str) -> int:
 
 
 def dumps(value: object) -> bytes:
-    """JSON of what was read as JSON: with half surrogate pairs and integers of any size, which orjson refuses."""
+    """JSON of what has been read, null where it is nested deeper than anybody means."""
     try:
-        return orjson.dumps(value)
-    except TypeError:
-        pass
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except (ValueError, RecursionError):
+        return fields.dumps(value)
+    except RecursionError:
         return b"null"

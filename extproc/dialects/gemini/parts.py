@@ -65,17 +65,19 @@ def joined(parts: Iterable[form.Part]) -> tuple[form.Part, ...]:
 
 
 def write_parts(parts: Iterable[form.Part]) -> list[dict[str, Any]]:
-    """A model's turn. Signatures of this dialect move to the part that follows."""
+    """A model's turn. Signatures of this dialect move to the part that follows, or, without one, to an empty text."""
     written: list[dict[str, Any]] = []
     signature: str | None = None
     for part in parts:
         if isinstance(part, form.Thinking):
             written += write_thinking(part)
-            signature = part.signature if part.origin == OWN else signature
+            if part.signature is not None and part.origin == OWN:
+                written += alone(signature)
+                signature = part.signature
         elif (one := _write_part(part)) is not None:
             written.append(signed(one, signature))
             signature = None
-    return written if signature is None else [*written, signed({"text": ""}, signature)]
+    return written + alone(signature)
 
 
 def write_thinking(thinking: form.Thinking) -> list[dict[str, Any]]:
@@ -89,6 +91,11 @@ def write_thinking(thinking: form.Thinking) -> list[dict[str, Any]]:
 
 def signed(part: dict[str, Any], signature: str | None) -> dict[str, Any]:
     return part if signature is None else {**part, "thoughtSignature": signature}
+
+
+def alone(signature: str | None) -> list[dict[str, Any]]:
+    """A signature, if there is one, that no part follows."""
+    return [] if signature is None else [signed({"text": ""}, signature)]
 
 
 def _write_part(part: form.Part) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from extproc.dialects.dialect import Seed
 from extproc.dialects.gemini import errors, usage
 from extproc.dialects.gemini.citations import write_grounding
 from extproc.dialects.gemini.names import OWN, dumps
-from extproc.dialects.gemini.parts import signed, write_call, write_parts, write_thinking
+from extproc.dialects.gemini.parts import alone, signed, write_call, write_parts, write_thinking
 from extproc.form import Finish
 from extproc.records import Usage
 
@@ -198,8 +198,9 @@ class StreamWriter:
     def _sign(self, event: form.ThinkingSigned) -> bytes:
         """A signature of this dialect waits for the part that it belongs to."""
         if event.origin == OWN:
-            self._choice(event.choice).signature = event.signature
-            return b""
+            choice = self._choice(event.choice)
+            earlier, choice.signature = choice.signature, event.signature
+            return self._parts(event.choice, alone(earlier))
         thinking = form.Thinking("", event.signature, event.origin, event.redacted)
         return self._parts(event.choice, write_thinking(thinking))
 

@@ -35,6 +35,7 @@ from extproc.records import Balance, UsageRecord
 
 AUDIENCE = "https://tollgate.test"
 SERVICE = "ranker@test.iam.gserviceaccount.com"
+CHAT_PATH = "/v1/chat/completions"
 PROVIDER_KEY = "sk-canary-0123456789abcdef"  # OpenAI's
 
 
@@ -88,7 +89,7 @@ class Told:
         """The error of the answer, or of its last event."""
         last = self.body
         if self.events and not last.startswith(b"{"):
-            last = self.events[-1].removeprefix(b"data: ")
+            last = self.events[-1].partition(b"data: ")[2]  # behind its name, where it has one
         with suppress(ValueError):
             error: dict[str, Any] | None = json.loads(last).get("error")
             return error
@@ -171,15 +172,25 @@ class Rig:
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, **options)
 
     async def ask(
-        self, email: str = SERVICE, *, http2: bool = False, headers: Mapping[str, str] | None = None, **fields: Any
+        self,
+        email: str = SERVICE,
+        *,
+        http2: bool = False,
+        headers: Mapping[str, str] | None = None,
+        path: str = CHAT_PATH,
+        **fields: Any,
     ) -> Told:
-        """One chat call, read to its end or until it breaks. `fields` are the body's; `user` says who it was from."""
-        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "user": email, **fields}
+        """One call, read to its end or until it breaks. `fields` are the body's; a chat call of OpenAI's needs none.
+
+        The checker knows by `user`, or by an address anywhere else in the body, who a provider was asked for.
+        """
+        chat = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "user": email}
+        body = chat | fields if path == CHAT_PATH else fields
         broken: Exception | None = None
         received = bytearray()
         async with (
             self.client(email, http1=not http2, http2=http2, verify=_PLAINTEXT, headers=headers or {}) as client,
-            client.stream("POST", "/v1/chat/completions", json=body) as answer,
+            client.stream("POST", path, json=body) as answer,
         ):
             try:
                 async for part in answer.aiter_raw():
@@ -189,6 +200,16 @@ class Rig:
         told = Told(answer.status_code, answer.headers, bytes(received), broken)
         self.told.append(told)
         return told
+
+    @asynccontextmanager
+    async def down(self, provider: str) -> AsyncIterator[None]:
+        """A provider that refuses connections."""
+        port = self.providers[provider].port
+        await self.providers[provider].close()
+        try:
+            yield
+        finally:
+            await self.providers[provider].start(port=port)
 
     async def set_policy(self, text: str) -> None:
         """Write the policy, and wait until every processor has taken it."""

@@ -20,7 +20,8 @@ from extproc.local.http import read_request
 class Script:
     """One answer. `chunks` go out as they are, `pause_s` apart; `fault` says what happens after the last of them.
 
-    Faults: "reset" closes the connection hard, "close" without the closing chunk, "hang" leaves it open and silent.
+    Faults: "reset" closes the connection hard, "close" without the closing chunk, "hang" leaves it open and silent;
+    "drop" closes it hard instead of any answer.
     """
 
     status: int = 200
@@ -109,6 +110,9 @@ async def _play(script: Script, request: Received, reader: asyncio.StreamReader,
             await asyncio.wait((gone,), timeout=script.first_pause_s)
         if gone.done():
             return
+        if script.fault == "drop":
+            await _end(script, request, writer, gone)
+            return
         writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n")
         for chunk in script.chunks:
             if gone.done():
@@ -128,7 +132,7 @@ async def _play(script: Script, request: Received, reader: asyncio.StreamReader,
 async def _end(script: Script, request: Received, writer: asyncio.StreamWriter, gone: asyncio.Future[bytes]) -> None:
     request.ended = script.fault or "whole"
     match script.fault:
-        case "reset":
+        case "reset" | "drop":
             writer.transport.abort()
         case "hang":
             await gone

@@ -712,7 +712,8 @@ class Exchange:
             completion_tokens=self._tokens_so_far(),
         )
         commands = self._finish(outcome, usage, source, meter.service_tier)
-        if (lesson := meter.learnable()) is not None:
+        # Who may have thought unseen teaches nothing, whether or not it says what it thought.
+        if not self._candidate.thinks and (lesson := meter.learnable()) is not None:
             commands.append(Learn(self._candidate.target, *lesson))
         return commands
 

@@ -164,7 +164,7 @@ def test_a_request_without_an_id_is_not_taken() -> None:
 
 
 REFUSED_HEADERS: dict[str, tuple[Any, int, str, str | None]] = {
-    "another path": ({"path": "/v1/embeddings"}, 404, "unknown_url", None),
+    "another path": ({"path": "/v1/files"}, 404, "unknown_url", None),
     "a path with more behind it": ({"path": "/v1/chat/completions/"}, 404, "unknown_url", None),
     "another method": ({"method": "GET"}, 405, "method_not_allowed", None),
     "no content type": ({"content_type": ""}, 415, "unsupported_media_type", "content-type"),

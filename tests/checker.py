@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,15 +18,17 @@ from redis import Redis
 
 from extproc.limits import MAX_LEDGER_CONNECTIONS
 from extproc.local.provider import Received, Script
+from extproc.providers import PROVIDERS
 from extproc.records import Outcome, UsageRecord
 from extproc.tokens import counter
-from tests.rig import PROVIDER_KEY, Rig
+from tests.rig import Rig, key_of
 
 LEASE_TOKENS = 100  # the stated bound: what one open stream may miss, or exceed, is one lease
 
 _SETTLES_WITHIN_S = 15.0
 _SPARE_FILES = MAX_LEDGER_CONNECTIONS + 4  # connections that a processor opens when it first needs them
-_GAUGES = ("cluster.extproc.upstream_rq_active", "cluster.openai.upstream_rq_active")
+_ADDRESS = re.compile(rb"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+_OURS = ("x-tollgate-", "x-envoy-", "x-request-id", "x-forwarded-")  # headers that are no provider's business
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Checker:
         """Of answers that no row has the figures of. Takes as many rows out of `left`."""
         name = caller or "no user"
         own = [row for row in left if _is_of(row, caller)]
-        if len(own) < len(played):
+        if sum(max(1, row.attempts) for row in own) < len(played):  # who leaves early is told of no attempt
             yield f"{name}: the provider saw {len(played)} requests more, {len(own)} rows say so"
         broken = sum(row.outcome is not Outcome.OK for row in own)
         figures = [figure for figure in map(_reported, played) if figure is not None]
@@ -117,8 +120,8 @@ class Checker:
         if self.rig.envoy.returncode is not None:
             return []
         stats = await self.rig.admin("/stats?filter=rq_active")
-        figures = dict(line.split(": ") for line in stats.splitlines())
-        return [f"Envoy's {name} is {figures[name]}" for name in _GAUGES if figures[name] != "0"]
+        figures = (line.split(": ") for line in stats.splitlines() if line.startswith("cluster."))
+        return [f"Envoy's {name} is {figure}" for name, figure in figures if figure != "0"]
 
 
 @dataclass(frozen=True)
@@ -182,25 +185,37 @@ def emitted_tokens(request: Received, script: Script) -> int:
 
 
 def _texts(data: bytes) -> Iterable[str]:
-    try:
-        choices = json.loads(data)["choices"]
-    except (ValueError, TypeError, KeyError):
+    """Of one event or a whole answer, in OpenAI's chat, Anthropic's or Google's form."""
+    said = {}
+    with suppress(ValueError):
+        said = json.loads(data)
+    if not isinstance(said, dict):
         return
-    for choice in choices:
-        said = choice.get("delta") or choice.get("message") or {}
-        yield said.get("content") or ""
-        yield from (call["function"].get("arguments") or "" for call in said.get("tool_calls") or ())
+    for choice in said.get("choices") or ():
+        message = choice.get("delta") or choice.get("message") or {}
+        yield message.get("content") or ""
+        yield from (call["function"].get("arguments") or "" for call in message.get("tool_calls") or ())
+    blocks = said.get("content") or [said.get("delta")]
+    parts = [part for candidate in said.get("candidates") or () for part in candidate["content"].get("parts") or ()]
+    yield from (part.get("text") or "" for part in (*blocks, *parts) if isinstance(part, dict))
 
 
 _Played = tuple[Received, Script]
 
 
 def _by_caller(played: Iterable[_Played]) -> dict[str | None, list[_Played]]:
-    """By the request's `user`, which `Rig.ask` sets. Those without one are last, for the rows that are left then."""
+    """Those without a name are last, for the rows that are left then."""
     found: dict[str | None, list[_Played]] = {}
     for request, script in played:
-        found.setdefault(json.loads(request.body).get("user"), []).append((request, script))
+        found.setdefault(_caller(request), []).append((request, script))
     return dict(sorted(found.items(), key=lambda item: item[0] is None))
+
+
+def _caller(request: Received) -> str | None:
+    """By the request's `user`, which `Rig.ask` sets, or by the first address in it: not every dialect has users."""
+    named = json.loads(request.body).get("user")
+    address = None if named else _ADDRESS.search(request.body)
+    return address[0].decode() if address else named
 
 
 def _take_billed(played: list[_Played], left: list[UsageRecord], caller: str | None) -> list[_Played]:
@@ -225,14 +240,29 @@ def _reported(played: _Played) -> tuple[int, int] | None:
     request, script = played
     if request.ended != "whole" or not 200 <= script.status < 300 or dict(script.headers).get("content-encoding"):
         return None
-    found = None
+    found: dict[str, object] = {}
     body = b"".join(script.chunks)
     for line in (body, *body.replace(b"\r", b"\n").split(b"\n")):  # a whole answer, or events
-        with suppress(ValueError, TypeError, KeyError):
-            usage = json.loads(line.removeprefix(b"data:"))["usage"]
-            figures = (usage["prompt_tokens"], usage["completion_tokens"])
-            found = figures if all(type(figure) is int and figure >= 0 for figure in figures) else found
-    return found
+        with suppress(ValueError, TypeError, AttributeError):
+            said = json.loads(line.removeprefix(b"data:"))
+            said = said.get("message") or said  # Anthropic's first event
+            found |= said.get("usage") or said.get("usageMetadata") or {}
+    return next((figures for names in _FIGURES if (figures := _both(found, *names)) is not None), None)
+
+
+# The names of prompt and completion tokens, as each dialect has them. Answers of the tests' own have no others.
+_FIGURES = (
+    ("prompt_tokens", "completion_tokens"),
+    ("input_tokens", "output_tokens"),
+    ("promptTokenCount", "candidatesTokenCount"),
+)
+
+
+def _both(usage: dict[str, object], prompt: str, completion: str) -> tuple[int, int] | None:
+    figures = usage.get(prompt), usage.get(completion)
+    if all(type(figure) is int and figure >= 0 for figure in figures):
+        return figures  # type: ignore[return-value]
+    return None
 
 
 def _unsettled(ledger: _LedgerDump, rows: list[UsageRecord]) -> list[str]:
@@ -267,19 +297,30 @@ def _applies(budget_id: str, row: UsageRecord) -> bool:
 
 
 def _leaks(rig: Rig, ledger: _LedgerDump) -> list[str]:
-    """The provider's key is for the provider only, and a caller's token for the gateway only."""
-    tokens = {token.partition(".")[0] for token in rig.minted}  # how each begins, which nothing else does
-    written = rig.everything_written()
+    """A provider's key is for that provider only, a caller's token for the gateway, and its headers for nobody else."""
+    secrets = {f"{name}'s key": {key_of(name)} for name in rig.providers}
+    # How each token begins, which nothing else does.
+    secrets["a caller's token"] = {token.partition(".")[0] for token in rig.minted}
     told = "\n".join(f"{told.headers.raw!r} {told.body.decode('latin-1')}" for told in rig.told)
-    asked = "\n".join(
-        f"{request.target} {[pair for pair in request.headers if pair != ('authorization', f'Bearer {PROVIDER_KEY}')]}"
-        f" {request.body.decode('latin-1')}"
-        for request in rig.provider.received
-    )
-    places = {"logs and journals": written, "Redis": ledger.text, "callers' answers": told, "the provider": asked}
+    places = {"logs and journals": rig.everything_written(), "Redis": ledger.text, "callers' answers": told}
+    places |= {
+        name: "\n".join(_asked(name, request) for request in one.received) for name, one in rig.providers.items()
+    }
     return [
         f"{what} is in {place}"
         for place, text in places.items()
-        for what, secrets in (("the provider's key", {PROVIDER_KEY}), ("a caller's token", tokens))
-        if any(secret in text for secret in secrets)
+        for what, hidden in secrets.items()
+        if any(secret in text for secret in hidden)
+    ] + [
+        f"{name} was sent {header}"
+        for name, provider in rig.providers.items()
+        for header in {header for request in provider.received for header, _ in request.headers}
+        if header.startswith(_OURS)
     ]
+
+
+def _asked(name: str, request: Received) -> str:
+    """All that a provider was sent but its own key."""
+    own = PROVIDERS[name].auth_headers(key_of(name))
+    pairs = [pair for pair in request.headers if pair not in own]
+    return f"{request.target} {pairs} {request.body.decode('latin-1')}"

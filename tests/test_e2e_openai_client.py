@@ -339,7 +339,8 @@ async def test_the_providers_own_limit_is_passed_on(rig: Rig) -> None:
 
 
 async def test_a_failure_of_the_providers_is_retried_and_each_try_is_recorded(rig: Rig) -> None:
-    scripts = [failed(503, **{"retry-after-ms": "1"}), recorded(RECORDED[ANSWERS[0]])]
+    failure = failed(503, **{"retry-after-ms": "1"})
+    scripts = [failure, failure, recorded(RECORDED[ANSWERS[0]])]  # the gateway's own second try fails, too
     rig.answer(lambda _: scripts.pop(0))
     email = "persistent@test.iam.gserviceaccount.com"
     async with client(rig, email, max_retries=2) as caller:

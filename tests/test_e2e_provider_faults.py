@@ -39,7 +39,7 @@ def impatient(config: dict[str, Any]) -> None:
     manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     routes = manager["route_config"]["virtual_hosts"][0]["routes"]
     openai = next(route for route in routes if route["name"] == "openai")
-    openai["route"]["retry_policy"]["per_try_idle_timeout"] = f"{STALL_S}s"
+    openai["route"]["idle_timeout"] = f"{STALL_S}s"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

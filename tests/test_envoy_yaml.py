@@ -7,21 +7,25 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 from extproc import limits
 from extproc.local import envoy_config, envoy_types
-from extproc.local.envoy_config import TEMPLATE, Places, envoy_binary, problems, render
-from extproc.settings import PROVIDER_BASE_URLS, Settings
+from extproc.local.envoy_config import TEMPLATE, Places, chains, envoy_binary, problems, render
+from extproc.providers import PROVIDERS
+from extproc.settings import Settings
 
 TEXT = TEMPLATE.read_text()
 CONFIG: dict[str, Any] = yaml.safe_load(TEXT)
 LISTENER = CONFIG["static_resources"]["listeners"][0]
 HCM = LISTENER["filter_chains"][0]["filters"][0]["typed_config"]
 CLUSTERS = {cluster["name"]: cluster for cluster in CONFIG["static_resources"]["clusters"]}
-PROVIDERS = {name: cluster for name, cluster in CLUSTERS.items() if name != "extproc"}
+HOSTS = {name: cluster for name, cluster in CLUSTERS.items() if "load_assignment" in cluster and name != "extproc"}
+CHAINS = {name: cluster for name, cluster in CLUSTERS.items() if "cluster_type" in cluster}
+ROUTES = {route["name"]: route for route in HCM["route_config"]["virtual_hosts"][0]["routes"]}
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 FILTERS = {one["name"]: one["typed_config"] for one in HCM["http_filters"]}
 GATE = FILTERS["gate"]
@@ -40,6 +44,34 @@ def options(cluster: dict[str, Any]) -> dict[str, Any]:
 def target(cluster: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = options(cluster)["http_filters"][0]["typed_config"]
     return found
+
+
+def host(cluster: dict[str, Any]) -> dict[str, Any]:
+    (found,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    return dict(found)
+
+
+def members(chain: dict[str, Any]) -> list[str]:
+    return [member["name"] for member in chain["cluster_type"]["typed_config"]["clusters"]]
+
+
+def provider(cluster: str) -> str:
+    return str(host(HOSTS[cluster])["metadata"]["filter_metadata"]["tollgate"]["provider"])
+
+
+def led_to(asked_for: str) -> tuple[str, dict[str, Any]]:
+    """The cluster and the retry policy of a request for these providers, as Envoy finds them: the first match."""
+    for route in ROUTES.values():
+        (header,) = route["match"].get("headers", [{"name": "", "string_match": {"exact": asked_for}}])
+        match header["string_match"]:
+            case {"exact": text}:
+                matches = text == asked_for
+            case {"safe_regex": {"regex": regex}}:
+                matches = re.fullmatch(regex, asked_for) is not None
+        if matches:
+            action = route["route"]
+            return action.get("cluster", asked_for), action["retry_policy"]
+    raise AssertionError(asked_for)
 
 
 # The file as it is ----------------------------------------------------------------------------------------------------
@@ -109,6 +141,10 @@ def test_headers_that_are_trusted_are_stripped_on_the_way_in() -> None:
     (extension,) = HCM["early_header_mutation_extensions"]
     mutations = extension["typed_config"]["mutations"]
     prefixes = {m["remove_on_match"]["key_matcher"]["prefix"] for m in mutations if "remove_on_match" in m}
+    assert mutations[0]["append"] == {
+        "header": {"key": "x-api-key", "value": "%REQ(x-goog-api-key)%"},
+        "append_action": "ADD_IF_ABSENT",
+    }, "before its own header is removed"
     assert prefixes == {"x-tollgate-internal-", "x-envoy-", "x-goog-"}
     assert all(m["remove_on_match"]["key_matcher"]["ignore_case"] for m in mutations if "remove_on_match" in m)
     assert {"remove": "x-request-id"} in mutations
@@ -118,28 +154,24 @@ def test_headers_that_are_trusted_are_stripped_on_the_way_in() -> None:
 
 
 def test_no_trailer_of_a_caller_passes() -> None:
-    (mutation,) = FILTERS["no_trailers"]["mutations"]["request_trailers_mutations"]
+    (mutation,) = FILTERS["hygiene"]["mutations"]["request_trailers_mutations"]
     assert mutation == {"remove_on_match": {"key_matcher": {"safe_regex": {"regex": ".*"}}}}
 
 
 def test_a_stream_has_no_total_time_but_silence_is_bounded() -> None:
-    routes = {route["name"]: route for route in HCM["route_config"]["virtual_hosts"][0]["routes"]}
-    assert set(routes) == {*PROVIDERS, "undecided"}
-    for name in PROVIDERS:
-        route = routes[name]["route"]
-        assert route["timeout"] == "0s"
-        assert 0 < seconds(route["idle_timeout"]) <= 610
-        assert 0 < seconds(route["retry_policy"]["per_try_idle_timeout"]) <= seconds(route["idle_timeout"])
-        assert "5xx" not in route["retry_policy"]["retry_on"], "what a provider may have billed is not asked again"
+    for route in ROUTES.values():
+        if route["name"] != "undecided":
+            assert route["route"]["timeout"] == "0s"
+            assert "idle_timeout" not in route["route"], "the listener's"
     assert 0 < seconds(HCM["stream_idle_timeout"]) <= 610
     for bound in ("request_timeout", "request_headers_timeout", "stream_flush_timeout"):
         assert 0 < seconds(HCM[bound]) <= 60
 
 
 def test_what_was_not_decided_goes_nowhere() -> None:
-    last = HCM["route_config"]["virtual_hosts"][0]["routes"][-1]
+    *others, last = ROUTES.values()
     assert last["direct_response"] == {"status": 503}
-    for route in HCM["route_config"]["virtual_hosts"][0]["routes"][:-1]:
+    for route in others:
         (header,) = route["match"]["headers"]
         assert header["name"] == "x-tollgate-internal-route"
 
@@ -152,12 +184,11 @@ def test_the_access_log_is_json_without_any_header_that_may_carry_a_credential()
     assert fields["path"].startswith("%PATH(NQ:"), "without the query"
 
 
-@pytest.mark.parametrize("filter_config", [GATE, *map(target, PROVIDERS.values())])
+@pytest.mark.parametrize("filter_config", [GATE, *map(target, CHAINS.values())])
 def test_a_filter_fails_closed(filter_config: dict[str, Any]) -> None:
     assert filter_config["failure_mode_allow"] is False
     assert filter_config["status_on_error"] == {"code": "ServiceUnavailable"}
     assert "observability_mode" not in filter_config
-    assert filter_config.get("allow_mode_override", False) is False
 
 
 def test_the_gate_sees_what_the_exchange_expects() -> None:
@@ -170,7 +201,8 @@ def test_the_gate_sees_what_the_exchange_expects() -> None:
         "response_trailer_mode": "SEND",
     }
     assert GATE["grpc_service"]["initial_metadata"] == [{"key": "x-tollgate-role", "value": "gate"}]
-    assert list(FILTERS) == ["request_id", "no_trailers", "gate", "router"]
+    assert GATE.get("allow_mode_override", False) is False
+    assert list(FILTERS) == ["caller", "hygiene", "gate", "router"]
 
 
 def test_the_processors_deadlines_come_before_envoys() -> None:
@@ -181,44 +213,151 @@ def test_the_processors_deadlines_come_before_envoys() -> None:
     assert 2 * SETTINGS.ledger_timeout_ms / 1000 < seconds(GATE["message_timeout"])
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
+# Providers and chains -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(HOSTS) - {"local"}))
+def test_a_provider_is_reached_over_verified_tls(name: str) -> None:
+    socket = HOSTS[name]["transport_socket"]["typed_config"]
+    assert socket["@type"].endswith(".UpstreamTlsContext")
+    assert socket["auto_host_sni"] is True
+    assert socket["auto_sni_san_validation"] is True
+    common = socket["common_tls_context"]
+    assert common["validation_context"]["trusted_ca"]["filename"] == "/etc/ssl/certs/ca-certificates.crt"
+    assert common["tls_params"]["tls_minimum_protocol_version"] in ("TLSv1_2", "TLSv1_3")
+    assert options(HOSTS[name])["auto_config"]["http2_protocol_options"]["connection_keepalive"], "as ALPN agrees"
+
+
+@pytest.mark.parametrize("name", HOSTS)
 class TestProvider:
-    def test_is_reached_over_verified_tls(self, name: str) -> None:
-        socket = PROVIDERS[name]["transport_socket"]["typed_config"]
-        assert socket["@type"].endswith(".UpstreamTlsContext")
-        assert socket["auto_host_sni"] is True
-        assert socket["auto_sni_san_validation"] is True
-        common = socket["common_tls_context"]
-        assert common["validation_context"]["trusted_ca"]["filename"] == "/etc/ssl/certs/ca-certificates.crt"
-        assert common["tls_params"]["tls_minimum_protocol_version"] in ("TLSv1_2", "TLSv1_3")
+    def test_has_pooled_connections(self, name: str) -> None:
+        assert HOSTS[name]["upstream_connection_options"]["tcp_keepalive"]
+        assert seconds(options(HOSTS[name])["common_http_protocol_options"]["idle_timeout"]) > 0
 
-    def test_speaks_what_alpn_agrees_on_over_pooled_connections(self, name: str) -> None:
-        assert "http2_protocol_options" in options(PROVIDERS[name])["auto_config"]
-        assert options(PROVIDERS[name])["auto_config"]["http2_protocol_options"]["connection_keepalive"]
-        assert PROVIDERS[name]["upstream_connection_options"]["tcp_keepalive"]
-        assert seconds(options(PROVIDERS[name])["common_http_protocol_options"]["idle_timeout"]) > 0
-
-    def test_is_bounded_and_left_out_when_it_keeps_failing(self, name: str) -> None:
-        (thresholds,) = PROVIDERS[name]["circuit_breakers"]["thresholds"]
-        assert {"max_connections", "max_pending_requests", "max_requests", "max_retries"} <= set(thresholds)
-        outliers = PROVIDERS[name]["outlier_detection"]
-        assert outliers["consecutive_gateway_failure"] > 0
-        assert outliers["max_ejection_percent"] < 100
-        assert 0 < seconds(PROVIDERS[name]["connect_timeout"]) <= 10
-
-    def test_has_a_target_that_sees_no_body_and_knows_its_provider(self, name: str) -> None:
-        mode = target(PROVIDERS[name])["processing_mode"]
-        assert mode["request_body_mode"] == mode["response_body_mode"] == "NONE"
-        assert target(PROVIDERS[name])["request_attributes"] == ["xds.upstream_host_metadata"]
-        (host,) = PROVIDERS[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
-        assert host["metadata"]["filter_metadata"]["tollgate"] == {"provider": name}
-        assert [one["name"] for one in options(PROVIDERS[name])["http_filters"]] == ["target", "codec"]
+    def test_is_bounded(self, name: str) -> None:
+        (thresholds,) = HOSTS[name]["circuit_breakers"]["thresholds"]
+        assert {"max_connections", "max_pending_requests", "max_requests"} <= set(thresholds)
+        assert 0 < seconds(HOSTS[name]["connect_timeout"]) <= 10
 
     def test_is_at_the_address_that_the_settings_have(self, name: str) -> None:
-        (host,) = PROVIDERS[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
-        address = host["endpoint"]["address"]["socket_address"]
-        assert PROVIDER_BASE_URLS[name].startswith(f"https://{host['endpoint']['hostname']}")
-        assert address == {"address": host["endpoint"]["hostname"], "port_value": 443}
+        endpoint = host(HOSTS[name])["endpoint"]
+        address = endpoint["address"]["socket_address"]
+        assert address["address"] == endpoint["hostname"]
+        base_url = PROVIDERS[provider(name)].base_url
+        if base_url is not None:
+            url = urlsplit(base_url)
+            assert (url.hostname, url.port or 443) == (address["address"], address["port_value"])
+
+    def test_is_left_out_only_where_another_one_follows(self, name: str) -> None:
+        outliers = HOSTS[name].get("outlier_detection")
+        assert (outliers is not None) == name.endswith("-if-well")
+        if outliers is not None:
+            assert outliers["consecutive_5xx"] > 0
+            assert outliers["max_ejection_percent"] == 100, "of one: below, Envoy leaves out nobody"
+            assert HOSTS[name]["common_lb_config"]["healthy_panic_threshold"]["value"] == 0
+
+
+def test_every_provider_has_a_cluster_of_its_name() -> None:
+    assert {provider(name) for name in HOSTS} == set(PROVIDERS)
+    assert {name: provider(name) for name in PROVIDERS} == {name: name for name in PROVIDERS}
+
+
+def test_an_address_that_ops_must_write_is_nobodys() -> None:
+    assert host(HOSTS["azure"])["endpoint"]["hostname"].endswith(".invalid")
+
+
+@pytest.mark.parametrize("name", sorted(set(CHAINS) - {"waiting"}))
+def test_a_chain_asks_its_providers_in_order_and_the_last_one_always(name: str) -> None:
+    asked = [provider(member) for member in members(CHAINS[name])]
+    if name.endswith("-alone"):
+        one = name.removesuffix("-alone")
+        assert members(CHAINS[name]) == [one, one]
+        assert led_to(one)[0] == led_to(f"{one},no-such-chain")[0] == name
+        policy = led_to(one)[1]
+    else:
+        assert asked == name.split(",")
+        assert [member.endswith("-if-well") for member in members(CHAINS[name])] == [True] * (len(asked) - 1) + [False]
+        cluster, policy = led_to(name)
+        assert cluster == name
+    assert policy["num_retries"] == len(asked) - 1, "a try beyond the chain hides the last answer"
+    conditions = set(policy["retry_on"].split(","))
+    assert {"connect-failure", "refused-stream", "reset", "5xx"} <= conditions
+    if name.endswith("-alone"):
+        assert "per_try_timeout" not in policy, "a whole answer that took too long may be billed"
+    else:
+        assert policy["retriable_status_codes"] == [429]
+        assert seconds(policy["per_try_timeout"]) * len(asked) <= seconds(HCM["stream_idle_timeout"])
+    assert CHAINS[name]["circuit_breakers"]["thresholds"][0]["max_retries"] > 0
+
+
+@pytest.mark.parametrize(("retry_after", "again"), [("0", True), ("2", True), ("3", False), ("20", False), ("", False)])
+def test_alone_a_short_wait_that_the_provider_asks_for_is_waited(retry_after: str, again: bool) -> None:
+    _, policy = led_to("openai")
+    (header,) = policy["retriable_headers"]
+    assert header["name"] == "retry-after"
+    assert (re.fullmatch(header["string_match"]["safe_regex"]["regex"], retry_after) is not None) == again
+    assert seconds(policy["rate_limited_retry_back_off"]["max_interval"]) == 2
+
+
+def test_nothing_undecided_is_led_anywhere() -> None:
+    for asked_for in ("", "open", "openai2", "x-openai", "openai-alone", "extproc"):
+        with pytest.raises(KeyError, match="route"):
+            led_to(asked_for)
+
+
+def test_the_chains_that_are_offered() -> None:
+    assert chains(TEXT) == {tuple(name.split(",")) for name in CHAINS if "," in name} | {(name,) for name in PROVIDERS}
+    for chain in (
+        ("openai", "anthropic"),
+        ("gemini", "anthropic", "openai"),
+        ("vertex", "gemini"),
+        ("azure", "openai"),
+    ):
+        assert chain in chains(TEXT)
+
+
+def test_a_route_to_a_chain_that_is_not_there_offers_nothing() -> None:
+    without = TEXT.replace('- name: "openai,azure"\n      lb_policy', '- name: "other"\n      lb_policy')
+    assert without != TEXT
+    assert chains(TEXT) - chains(without) == {("openai", "azure")}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+class TestAttempt:
+    def test_knows_its_provider_and_what_the_gate_decided(self, name: str) -> None:
+        assert target(CHAINS[name])["request_attributes"] == ["xds.upstream_host_metadata"]
+        assert target(CHAINS[name])["metadata_options"] == {"forwarding_namespaces": {"untyped": ["tollgate"]}}
+        assert GATE["metadata_options"] == {"receiving_namespaces": {"untyped": ["tollgate"]}}
+
+    def test_goes_through_the_target_and_says_nothing_in_envoys_name(self, name: str) -> None:
+        filters = options(CHAINS[name])["http_filters"]
+        assert [one["name"] for one in filters] == ["target", "no_forgery", "codec"]
+        (removed,) = filters[1]["typed_config"]["mutations"]["response_mutations"]
+        assert removed["remove_on_match"]["key_matcher"] == {"prefix": "x-tollgate-internal-", "ignore_case": True}
+
+    def test_sends_bodies_to_the_processor_only_where_it_asks_or_the_chain_waits(self, name: str) -> None:
+        config = target(CHAINS[name])
+        role = config["grpc_service"]["initial_metadata"][0]["value"]
+        bodies = [config["processing_mode"][f"{side}_body_mode"] for side in ("request", "response")]
+        assert "BUFFERED" not in bodies[1], "above 16 MiB Envoy would die of it"
+        if name == "waiting":
+            assert (role, bodies) == ("target-first-event", ["BUFFERED", "STREAMED"])
+            assert config["send_body_without_waiting_for_header_response"] is True
+            assert seconds(config["max_message_timeout"]) > seconds(HCM["stream_idle_timeout"])
+        else:
+            assert (role, bodies) == ("target", ["NONE", "NONE"])
+            assert config["allow_mode_override"] is True
+
+
+def test_the_gate_is_told_who_answered_and_the_caller_is_not() -> None:
+    (added,) = HCM["route_config"]["virtual_hosts"][0]["response_headers_to_add"]
+    assert added == {
+        "header": {"key": "x-tollgate-internal-provider", "value": "%UPSTREAM_METADATA(tollgate:provider)%"},
+        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+    }
+    (removed,) = FILTERS["hygiene"]["mutations"]["response_mutations"]
+    assert removed["remove_on_match"]["key_matcher"] == {"prefix": "x-tollgate-internal-", "ignore_case": True}
+    assert list(FILTERS).index("hygiene") < list(FILTERS).index("gate"), "answers pass the filters backwards"
 
 
 # Rendered -------------------------------------------------------------------------------------------------------------
@@ -241,56 +380,82 @@ def difference(before: Any, after: Any, path: str = "") -> dict[str, Any]:
     return {} if before == after else {path: after}
 
 
-def rendered(base_url: str | None, trusted_ca: Path | None = None) -> dict[str, Any]:
-    base_urls = {} if base_url is None else {"openai": base_url}
-    text = render(Places(port=1234, admin_port=5678, sockets=SOCKETS, base_urls=base_urls, trusted_ca=trusted_ca))
-    return difference(CONFIG, yaml.safe_load(text))
+BASE_URLS = {name: f"https://{host(cluster)['endpoint']['hostname']}" for name, cluster in HOSTS.items()} | {
+    "local": "http://127.0.0.1:8000/v1"
+}
 
 
-OPENAI = "/static_resources/clusters/0"
-HOST = f"{OPENAI}/load_assignment/endpoints/0/lb_endpoints/0/endpoint"
+def rendered(trusted_ca: Path | None = None, **base_urls: str) -> dict[str, Any]:
+    places = Places(1234, 5678, SOCKETS, BASE_URLS | base_urls, trusted_ca)
+    return difference(CONFIG, yaml.safe_load(render(places)))
+
+
+POSITIONS = {cluster["name"]: i for i, cluster in enumerate(CONFIG["static_resources"]["clusters"])}
+OPENAI = [f"/static_resources/clusters/{POSITIONS[name]}" for name in ("openai", "openai-if-well")]
+ENDPOINT = "load_assignment/endpoints/0/lb_endpoints/0/endpoint"
 OWN_PLACES = {
     "/admin/address/socket_address/port_value": 5678,
     "/static_resources/listeners/0/address/socket_address/address": "127.0.0.1",
     "/static_resources/listeners/0/address/socket_address/port_value": 1234,
-    "/static_resources/clusters/1/load_assignment/endpoints/0/lb_endpoints": [
+    f"/static_resources/clusters/{POSITIONS['extproc']}/load_assignment/endpoints/0/lb_endpoints": [
         {"endpoint": {"address": {"pipe": {"path": str(path)}}}} for path in SOCKETS
     ],
 }
 
 
+def address(cluster: str, hostname: str, port: int) -> dict[str, Any]:
+    """What differs where a cluster's address does."""
+    before = host(HOSTS[cluster])["endpoint"]
+    after = {"hostname": hostname, "address": {"socket_address": {"address": hostname, "port_value": port}}}
+    return difference(before, after, f"/static_resources/clusters/{POSITIONS[cluster]}/{ENDPOINT}")
+
+
 def test_rendering_changes_addresses_and_nothing_else() -> None:
-    assert rendered(None) == OWN_PLACES
-
-
-def test_rendering_leaves_the_providers_own_address_as_it_is() -> None:
-    assert rendered(PROVIDER_BASE_URLS["openai"]) == OWN_PLACES
+    assert rendered() == OWN_PLACES
 
 
 def test_an_https_base_url_changes_the_name_and_keeps_tls() -> None:
-    assert rendered("https://llm.example:8443/api/v1") == OWN_PLACES | {
-        f"{HOST}/hostname": "llm.example",
-        f"{HOST}/address/socket_address/address": "llm.example",
-        f"{HOST}/address/socket_address/port_value": 8443,
+    assert rendered(openai="https://llm.example:8443/api/v1") == {
+        **OWN_PLACES,
+        **address("openai", "llm.example", 8443),
+        **address("openai-if-well", "llm.example", 8443),
     }
 
 
 def test_a_trusted_ca_of_its_own_takes_the_place_of_the_systems() -> None:
-    context = f"{OPENAI}/transport_socket/typed_config/common_tls_context/validation_context"
-    assert rendered("https://api.openai.com/v1", Path("/ca.pem")) == OWN_PLACES | {
-        f"{context}/trusted_ca/filename": "/ca.pem"
+    context = "transport_socket/typed_config/common_tls_context/validation_context/trusted_ca/filename"
+    secure = [POSITIONS[name] for name, cluster in HOSTS.items() if "transport_socket" in cluster]
+    assert rendered(Path("/ca.pem")) == OWN_PLACES | {
+        f"/static_resources/clusters/{position}/{context}": "/ca.pem" for position in secure
     }
 
 
 def test_an_http_base_url_takes_tls_away_and_with_it_alpn() -> None:
-    protocols = f"{OPENAI}/typed_extension_protocol_options/{HTTP_OPTIONS}"
-    assert rendered("http://10.0.0.1/v1") == OWN_PLACES | {
-        f"{HOST}/hostname": "10.0.0.1",
-        f"{HOST}/address/socket_address/address": "10.0.0.1",
-        f"{HOST}/address/socket_address/port_value": 80,
-        f"{OPENAI}/transport_socket": None,
-        f"{protocols}/auto_config": None,
-        f"{protocols}/explicit_http_config": {"http_protocol_options": {}},
+    places = Places(1234, 5678, SOCKETS, BASE_URLS | {"openai": "http://10.0.0.1/v1"})
+    clusters = {one["name"]: one for one in yaml.safe_load(render(places))["static_resources"]["clusters"]}
+    for name in ("openai", "openai-if-well"):
+        assert "transport_socket" not in clusters[name]
+        assert options(clusters[name]) == options(CLUSTERS["local"])
+        assert host(clusters[name])["endpoint"]["address"] == {
+            "socket_address": {"address": "10.0.0.1", "port_value": 80}
+        }
+    assert clusters["anthropic"] == CLUSTERS["anthropic"]
+
+
+def test_an_https_base_url_gives_tls_to_a_server_of_ones_own() -> None:
+    places = Places(1234, 5678, SOCKETS, BASE_URLS | {"local": "https://vllm.example/v1"})
+    clusters = {one["name"]: one for one in yaml.safe_load(render(places))["static_resources"]["clusters"]}
+    assert clusters["local"]["transport_socket"] == CLUSTERS["openai"]["transport_socket"]
+    assert options(clusters["local"]) == options(CLUSTERS["openai"])
+
+
+def test_a_provider_without_a_base_url_is_left_out_with_its_chains() -> None:
+    text = render(Places(1, 2, SOCKETS, {"openai": "http://127.0.0.1:3/v1", "anthropic": "http://127.0.0.1:4"}))
+    assert chains(text) == {("openai",), ("anthropic",), ("openai", "anthropic"), ("anthropic", "openai")}
+    clusters = [one["name"] for one in yaml.safe_load(text)["static_resources"]["clusters"]]
+    assert set(clusters) == {
+        *("openai", "openai-if-well", "openai-alone", "anthropic", "anthropic-if-well", "anthropic-alone"),
+        *("openai,anthropic", "anthropic,openai", "waiting", "extproc"),
     }
 
 
@@ -377,7 +542,7 @@ def test_a_wrong_field_is_found_with_its_line(
 @pytest.mark.parametrize(
     ("right", "wrong", "envoys_word"),
     [
-        ("cluster: openai\n", "cluster: nowhere\n", "unknown cluster 'nowhere'"),
+        ("cluster: openai-alone\n", "cluster: nowhere\n", "unknown cluster 'nowhere'"),
         ("connect_timeout: 1s", "connect_timeout: 0s", "ConnectTimeout: value must be greater than 0s"),
         ("stat_prefix: ingress", 'stat_prefix: ""', "StatPrefix: value length must be at least 1 characters"),
         ("%PROTOCOL%", "%PROTOCL%", "PROTOCL"),

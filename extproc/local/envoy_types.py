@@ -26,13 +26,16 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])[A-Z]")
 
 def problems(text: str) -> list[str]:
     """Unknown fields and wrong values as `line N: path: what`. Raises ImportError without envoy-data-plane."""
-    found = _message(yaml.compose(text, Loader=yaml.SafeLoader) or _NOTHING, _class(_BOOTSTRAP), "")
-    return [f"line {node.start_mark.line + 1}: {path}: {what}" for node, path, what in found]
+    root = yaml.compose(text, Loader=yaml.SafeLoader) or _NOTHING
+    found: dict[tuple[int, str], str] = {}  # a block that aliases repeat is one node: it is named at its first place
+    for node, path, what in _message(root, _class(_BOOTSTRAP), ""):
+        found.setdefault((id(node), what), f"line {node.start_mark.line + 1}: {path}: {what}")
+    return list(found.values())
 
 
 def duplicates(text: str) -> list[str]:
     """Names that occur twice in one object, in the same form: Envoy takes one of them, and says nothing."""
-    found: list[tuple[int, str]] = []
+    found: set[tuple[int, str]] = set()  # an alias leads to the same lines again
     pending: list[yaml.Node] = [yaml.compose(text, Loader=yaml.SafeLoader) or _NOTHING]
     while pending:
         node = pending.pop()
@@ -42,7 +45,7 @@ def duplicates(text: str) -> list[str]:
             seen: set[str] = set()
             for key, value in node.value:
                 if key.value in seen:
-                    found.append((key.start_mark.line + 1, key.value))
+                    found.add((key.start_mark.line + 1, key.value))
                 seen.add(key.value)
                 pending.append(value)
     return [f"line {line}: {name}: it occurs twice" for line, name in sorted(found)]

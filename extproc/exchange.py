@@ -29,7 +29,7 @@ import orjson
 from extproc import budget, endpoints, headers, limits, offers
 from extproc.allowance import Allowance
 from extproc.dialects.dialect import Dialect
-from extproc.dialects.openai_chat import OpenAIChatCalls
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.errors import (
     BadRequest,
     BudgetExhausted,
@@ -110,7 +110,7 @@ CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before
 
 _JSON = ("content-type", "application/json")
 _HEALTH_PATH = "/healthz"
-_DEFAULT_DIALECT = OpenAIChatCalls()
+_DEFAULT_DIALECT = OpenAIChat()
 
 
 NOBODY = Principal(email="", service=None, team=None, user=None)

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from extproc import events, limits
-from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.errors import Forbidden, ProtocolViolation, TollgateError, Unauthenticated, Unavailable
 from extproc.events import (
     Command,

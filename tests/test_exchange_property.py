@@ -8,7 +8,7 @@ from hypothesis import event as note
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.events import (
     Closed,
     Command,

@@ -11,7 +11,7 @@ import pytest
 
 from extproc import form
 from extproc.dialects import pieces
-from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.errors import ProviderError, StreamTooLarge
 from extproc.jsonarray import JsonArrayParser
 from extproc.limits import COUNT_SLICE_CHARS, LEARN_MIN_TOKENS, MAX_COUNT_CHARS, MAX_EVENT_COUNT_CHARS, MIB

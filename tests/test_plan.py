@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from extproc.dialects import DIALECTS
-from extproc.dialects.openai_chat import OpenAIChatCalls as OpenAIChat
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest, Unavailable
 from extproc.gate import Clock

@@ -8,16 +8,16 @@ from types import MappingProxyType
 from extproc.dialects.anthropic import AnthropicCountTokens, AnthropicMessages
 from extproc.dialects.dialect import ChatDialect, Dialect
 from extproc.dialects.gemini import GeminiCountTokens, GeminiGenerate
-from extproc.dialects.openai_chat import OpenAIChatCalls
+from extproc.dialects.openai_chat import OpenAIChat
 from extproc.dialects.openai_responses import OpenAIResponses
 
 _CHAT: tuple[ChatDialect, ...] = (
+    OpenAIChat(),
     OpenAIResponses(),
     AnthropicMessages(),
     GeminiGenerate(),
 )
 _OTHERS: tuple[Dialect, ...] = (
-    OpenAIChatCalls(),
     AnthropicCountTokens(),
     GeminiCountTokens(),
 )

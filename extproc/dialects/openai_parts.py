@@ -184,26 +184,45 @@ def render_error(error: TollgateError) -> bytes:
 
 
 def read_error(status: int, body: bytes) -> ProviderError:
-    """A provider's error body. Most nest it as OpenAI does; some say `{"error": text}`, `detail` or `message`."""
+    """A provider's error body, in whatever form: see `provider_error`."""
     return provider_error(parse(body), status)
 
 
 def provider_error(said: object, status: int | None = None) -> ProviderError:
-    """An error object, nested under `error` or not. Without a `status`, the code tells which one stands for it."""
+    """An error object, nested under `error` or not. Without a `status`, the code tells which one stands for it.
+
+    Most nest it as OpenAI does. Some say `{"error": text}`, `message` or `detail` (a list of faults, from FastAPI), and
+    Google puts the whole into an array.
+    """
+    if isinstance(said, list) and said:
+        said = said[0]
     fields: dict[str, Any] = said if isinstance(said, dict) else {}
     nested = fields.get("error")
     inner: dict[str, Any] = nested if isinstance(nested, dict) else {}
     code = _text(inner.get("code")) or _text(fields.get("code"))
-    candidates = (inner.get("message"), nested, fields.get("message"), fields.get("detail"))
-    message = next(filter(None, map(_text, candidates)), "The provider answered with an error.")
+    message = _words(inner) or _words(fields) or "The provider answered with an error."
     param = _text(inner.get("param")) or _text(fields.get("param"))
     if status is None:
         status = _status_of(inner.get("code", fields.get("code")), inner.get("type"))
     return ProviderError(message, status=status, code=code, param=param)
 
 
+_SAID_IN = ("message", "msg", "error", "detail", "details", "errors")
+
+
+def _words(said: object, depth: int = 4) -> str:
+    """What an error says, wherever it says it. `depth` bounds how far down."""
+    if isinstance(said, str) or depth == 0:
+        return said if isinstance(said, str) else ""
+    if isinstance(said, list):
+        return "; ".join(filter(None, (_words(one, depth - 1) for one in said[:3])))
+    if not isinstance(said, dict):
+        return ""
+    return next(filter(None, (_words(said.get(name), depth - 1) for name in _SAID_IN)), "")
+
+
 def _status_of(code: object, kind: object) -> int:
-    """OpenRouter and Groq give a number for a code, which is the status."""
+    """OpenRouter gives a number for a code, which is the status."""
     if type(code) is int and 400 <= code <= 599:
         return code
     for name in (code, kind):

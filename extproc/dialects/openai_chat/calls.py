@@ -15,7 +15,6 @@ from extproc.dialects.fields import (
     count,
     dicts,
     invalid,
-    members,
     objects,
     optional,
     parse,
@@ -37,6 +36,8 @@ from extproc.dialects.openai_parts import (
     prompt_for,
     refuse_routing,
     render_error,
+    wants_usage,
+    with_usage,
 )
 from extproc.errors import BadRequest, TollgateError
 from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_TOKENS
@@ -56,9 +57,8 @@ _CALL_FIELDS = Names((
 # fmt: on
 _MESSAGE_FIELDS = Names(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
 _PART_FIELDS = Names(("type", "text", "refusal", "image_url", "input_audio", "file"))
-_OPTION_FIELDS = Names(("include_usage",))
 
-_PLAIN_FIELDS = frozenset(
+PLAIN_FIELDS = frozenset(
     ("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "obfuscation")
 )
 
@@ -83,14 +83,15 @@ class OpenAIChatCalls:
         return Call(
             model=model,
             stream=stream,
-            wants_usage=_wants_usage(body, stream),
+            wants_usage=wants_usage(body, stream),
             choices=positive(body, "n", at_most=MAX_CHOICES) or 1,
-            cap=_cap(body),
+            cap=read_cap(body),
             prompt_texts=tuple(prompt.texts),
             prompt_extra=prompt.extra,
             service_tier=optional(body, "service_tier", str),
             web_searches=int(_searches_web(body, model)),
             body=body,
+            unseen="audio" in (optional(body, "modalities", list) or ()),
         )
 
     def upstream_body(self, call: Call, raw: bytes, model: str, cap: int | None) -> bytes:
@@ -105,8 +106,7 @@ class OpenAIChatCalls:
             given = [name for name in CAP_FIELDS if body.get(name) is not None] or CAP_FIELDS[:1]
             changes |= {name: cap for name in given if body.get(name) != cap}
         if call.stream and not call.wants_usage:
-            options = members(raw).get("stream_options") if body.get("stream_options") else b"{}"
-            changes["stream_options"] = spliced(options or b"{}", {"include_usage": True})
+            changes["stream_options"] = with_usage(body, raw)
         return spliced(raw, changes) if changes else raw
 
     def piece_reader(self) -> Callable[[bytes], Piece]:
@@ -134,8 +134,8 @@ class OpenAIChatCalls:
             if isinstance(delta, dict):
                 _add_texts(delta, texts)
                 tool_call = tool_call or bool(delta.get("tool_calls") or delta.get("function_call"))
-        usage = _usage_of(event)
-        error = bool(event.get("error"))
+        usage = usage_of(event)
+        error = is_error(event)
         return Piece(
             texts=tuple(texts),
             usage=usage,
@@ -144,7 +144,7 @@ class OpenAIChatCalls:
             finished=tuple(finished),
             error=error,
             tool_call=tool_call,
-            service_tier=_service_tier(event),
+            service_tier=service_tier_of(event),
         )
 
     def read_answer(self, body: bytes) -> Answer:
@@ -157,7 +157,7 @@ class OpenAIChatCalls:
             message = choice.get("message")
             if isinstance(message, dict):
                 _add_texts(message, texts)
-        return Answer(tuple(texts), _usage_of(answer), _service_tier(answer))
+        return Answer(tuple(texts), usage_of(answer), service_tier_of(answer))
 
     def render_error(self, error: TollgateError) -> bytes:
         """The body that OpenAI's clients turn into their own exceptions, by the HTTP status."""
@@ -171,7 +171,7 @@ class OpenAIChatCalls:
 def _plain_delta(event: dict[str, Any]) -> Piece | None:
     """Nearly every event of a stream: one choice, a piece of text, nothing else that counts. None for any other."""
     choices = event.get("choices")
-    if type(choices) is not list or len(choices) != 1 or event.get("usage") or not _PLAIN_FIELDS.issuperset(event):
+    if type(choices) is not list or len(choices) != 1 or event.get("usage") or not PLAIN_FIELDS.issuperset(event):
         return None
     choice = choices[0]
     if type(choice) is not dict or choice.get("finish_reason") or choice.get("usage"):
@@ -182,24 +182,14 @@ def _plain_delta(event: dict[str, Any]) -> Piece | None:
     text = delta.get("content")
     if type(text) is not str:
         return None
-    return Piece((text,) if text else (), started=(index,), service_tier=_service_tier(event))
+    return Piece((text,) if text else (), started=(index,), service_tier=service_tier_of(event))
 
 
 # Requests: the fields -------------------------------------------------------------------------------------------------
 
 
-def _wants_usage(body: Mapping[str, Any], stream: bool) -> bool:
-    options = optional(body, "stream_options", dict)
-    if options is None:
-        return False
-    if not stream:
-        problem = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-        raise BadRequest(problem, code="invalid_value", param="stream_options")
-    _OPTION_FIELDS.refuse_misspelt(options, "stream_options.")
-    return bool(optional(options, "include_usage", bool, "stream_options."))
-
-
-def _cap(body: Mapping[str, Any]) -> int | None:
+def read_cap(body: Mapping[str, Any]) -> int | None:
+    """The caller's bound on the output tokens of each choice."""
     caps = {cap for name in CAP_FIELDS if (cap := positive(body, name, at_most=MAX_TOKENS)) is not None}
     if len(caps) > 1:
         problem = "Setting 'max_tokens' and 'max_completion_tokens' to different values is not supported."
@@ -306,9 +296,17 @@ def _read_definitions(body: Mapping[str, Any], prompt: Prompt) -> None:
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def _service_tier(event: dict[str, Any]) -> str | None:
+def service_tier_of(event: dict[str, Any]) -> str | None:
+    """Mistral names it beside its figures."""
     tier = event.get("service_tier")
+    if tier is None and isinstance(usage := event.get("usage"), dict):
+        tier = usage.get("service_tier")
     return tier if isinstance(tier, str) and tier else None
+
+
+def is_error(event: dict[str, Any]) -> bool:
+    """Whether an event, or a body, is an error. vLLM's older ones are not nested."""
+    return bool(event.get("error")) or (event.get("object") == "error" and "choices" not in event)
 
 
 def _add_text(value: object, texts: list[str]) -> bool:
@@ -359,7 +357,7 @@ def _add_function(function: object, payload: str, texts: list[str]) -> None:
         _add_text(function.get(payload), texts)
 
 
-def _usage_of(event: dict[str, Any]) -> Usage | None:
+def usage_of(event: dict[str, Any]) -> Usage | None:
     """The provider's figures, if both are there. Groq puts them under `x_groq` as well, or only."""
     usage = event.get("usage")
     if not isinstance(usage, dict):
@@ -392,13 +390,16 @@ def _billed(usage: dict[str, Any], prompt: int, completion: int) -> Usage:
         reasoning = max(reasoning, left_out)
     if reasoning > completion:
         completion += reasoning
+    cached = min(_cached(usage, prompt_details), prompt)
     return Usage(
         prompt=prompt,
         completion=completion,
-        cached_prompt=min(_cached(usage, prompt_details), prompt),
+        cached_prompt=cached,
         reasoning=reasoning,
         audio_prompt=min(audio_prompt, prompt),
         audio_completion=min(count(completion_details, "audio_tokens") or 0, completion),
+        cache_write_prompt=min(_cache_written(usage, prompt_details), prompt - cached),
+        web_searches=count(_details(usage, "server_tool_use_details"), "web_search_requests"),
     )
 
 
@@ -412,6 +413,12 @@ def _cached(usage: dict[str, Any], prompt_details: dict[str, Any]) -> int:
         if cached is not None:
             return cached
     return 0
+
+
+def _cache_written(usage: dict[str, Any], prompt_details: dict[str, Any]) -> int:
+    """OpenRouter's name, or Anthropic's, which Doubleword gives as well."""
+    written = count(prompt_details, "cache_write_tokens")
+    return written if written is not None else count(usage, "cache_creation_input_tokens") or 0
 
 
 def _details(usage: dict[str, Any], name: str) -> dict[str, Any]:

@@ -72,7 +72,10 @@ _PLACED_CONFIG = frozenset(
         "thinkingConfig",
     )
 )
-_PLACED_DECLARATION = frozenset(("name", "description", "parameters", "parametersJsonSchema"))
+# Google's client tells of each function what it gives back: the model is to know, and does without.
+_PLACED_DECLARATION = frozenset(
+    ("name", "description", "parameters", "parametersJsonSchema", "response", "responseJsonSchema")
+)
 _PLACED_PART = frozenset(("text", "thought", "thoughtSignature", "functionCall", "partMetadata"))
 _PLACED_USER_PART = _PLACED_PART | {"inlineData", "fileData", "functionResponse"}
 

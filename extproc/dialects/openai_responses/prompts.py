@@ -28,10 +28,11 @@ EARLIER_REASONING_TOKENS = 128_000  # thoughts kept at the provider: as long as 
 # for no more than the largest context, so that it is an estimate.
 ROUND_TOKENS = 12_000
 
+OWN_TOOLS_TOKENS = 1_000  # instructions for tools of OpenAI's own: 460 for a computer, as many for a search of tools
+
+_PLAIN_TOOLS = frozenset(("function", "custom", "namespace"))
 # Tools that the caller runs, or that only find others of the request.
-_CALLERS_TOOLS = frozenset(
-    ("function", "custom", "namespace", "computer", "computer_use_preview", "local_shell", "apply_patch", "tool_search")
-)
+_CALLERS_TOOLS = _PLAIN_TOOLS | {"computer", "computer_use_preview", "local_shell", "apply_patch", "tool_search"}
 _NO_SEARCHES = frozenset(("file_search", "tool_search"))  # of the web
 
 _ITEM_FIELDS = Names(("type", "role", "content", "output", "id", "summary", "encrypted_content"))
@@ -193,6 +194,8 @@ def _read_tools(body: Mapping[str, Any], prompt: Prompt) -> None:
     if tools:
         prompt.extra += TOOLS_TOKENS
         prompt.add_json(tools)
+    if any(tool["type"] not in _PLAIN_TOOLS for tool in tools):
+        prompt.extra += OWN_TOOLS_TOKENS
     rounds = server_tool_calls(body)
     prompt.extra += min(ROUND_TOKENS * rounds * (rounds + 1) // 2, LARGEST_CONTEXT_TOKENS)
 

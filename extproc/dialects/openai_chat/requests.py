@@ -55,6 +55,7 @@ _HINTS = frozenset((
 ))
 # fmt: on
 _TEXT_ONLY = ["text"]
+_ENABLED = {True: "medium", False: "none", None: None}  # OpenRouter's switch, as efforts
 
 
 def read_request(body: Mapping[str, Any]) -> form.Request:
@@ -118,9 +119,10 @@ def _reasoning(body: Mapping[str, Any]) -> form.Reasoning | None:
     if (asked := optional(body, "reasoning", dict)) is not None:
         enabled = optional(asked, "enabled", bool, "reasoning.")
         excluded = optional(asked, "exclude", bool, "reasoning.")
+        budget_tokens = optional(asked, "max_tokens", int, "reasoning.")
         return form.Reasoning(
-            effort=optional(asked, "effort", str, "reasoning.") or ("none" if enabled is False else None),
-            budget_tokens=optional(asked, "max_tokens", int, "reasoning."),
+            effort=optional(asked, "effort", str, "reasoning.") or (None if budget_tokens else _ENABLED[enabled]),
+            budget_tokens=budget_tokens,
             visible=None if excluded is None else not excluded,
         )
     if (asked := optional(body, "thinking", dict)) is not None:

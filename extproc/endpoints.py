@@ -61,7 +61,7 @@ class Endpoint:
     lists: bool = False
 
 
-_EXACT = {path: Endpoint(DIALECTS[name]) for path, name in _CALLS.items() if name in DIALECTS}
+_EXACT = {path: Endpoint(DIALECTS[name]) for path, name in _CALLS.items()}
 
 
 def find(path: str, names: Collection[str] = ()) -> Endpoint | None:

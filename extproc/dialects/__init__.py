@@ -9,6 +9,8 @@ from extproc.dialects.anthropic import AnthropicCountTokens, AnthropicMessages
 from extproc.dialects.dialect import ChatDialect, Dialect
 from extproc.dialects.gemini import GeminiCountTokens, GeminiGenerate
 from extproc.dialects.openai_chat import OpenAIChat
+from extproc.dialects.openai_completions import OpenAICompletions
+from extproc.dialects.openai_embeddings import OpenAIEmbeddings
 from extproc.dialects.openai_responses import OpenAIResponses
 
 _CHAT: tuple[ChatDialect, ...] = (
@@ -18,6 +20,8 @@ _CHAT: tuple[ChatDialect, ...] = (
     GeminiGenerate(),
 )
 _OTHERS: tuple[Dialect, ...] = (
+    OpenAICompletions(),
+    OpenAIEmbeddings(),
     AnthropicCountTokens(),
     GeminiCountTokens(),
 )
@@ -25,5 +29,3 @@ _OTHERS: tuple[Dialect, ...] = (
 # By name: those that have the canonical form, so that each can be answered by each; and all.
 CHAT: Mapping[str, ChatDialect] = MappingProxyType({dialect.name: dialect for dialect in _CHAT})
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in (*_CHAT, *_OTHERS)})
-
-SPOKEN = frozenset({"openai"})  # the providers that are called in one of them

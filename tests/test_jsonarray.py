@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.errors import StreamTooLarge
-from extproc.jsonarray import JsonArrayParser
+from extproc.jsonarray import JsonArrayParser, last_element
 from extproc.sse import SseEvent
 from tests.recordings import Case, protocol_cases
 
@@ -165,3 +165,8 @@ def test_any_bytes_in_any_chunks(chunks: list[bytes]) -> None:
     events, remainder = parse(chunks)
     assert b"".join(event.raw for event in events) + remainder == text
     assert (events, remainder) == parse([text])
+
+
+@pytest.mark.parametrize("sent", [b"", b"[{}", b"[{}\n,\n{}"], ids=["nothing", "one", "two"])
+def test_a_last_element_leaves_legal_json(sent: bytes) -> None:
+    assert json.loads(sent + last_element(b'{"error":1}', first=not sent))[-1] == {"error": 1}

@@ -79,11 +79,13 @@ class StreamReader:
     """Gemini's stream into the canonical form; a whole answer is a stream of one event.
 
     Older models say STOP in every event, so that a choice's end is told once the stream has ended.
-    `request_id` makes the ids of calls that have none.
+    `request_id` makes the ids of calls that have none. `unsearched` is how many searches are billed where none is
+    named: Google names all, and so for the bill none was made.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, unsearched: int | None = None) -> None:
         self.blocked = False
+        self._unsearched = unsearched
         self._id_prefix = f"call_{request_id[:_CALL_ID_CHARS]}"
         self._calls = 0
         self._candidates: dict[int, _Candidate] = {}
@@ -130,7 +132,7 @@ class StreamReader:
             index = candidate.get("index")
             yield from self._read_candidate(candidate, index if type(index) is int and index >= 0 else position)
             self._note_searches(candidate)
-        searches = self._billed_searches(model or "") if self._searches else None
+        searches = self._billed_searches(model or "") if self._searches else self._unsearched
         if (figures := usage.read(answer, searches)) is not None:
             yield form.Used(figures, usage.read_tier(answer))
 
@@ -231,9 +233,9 @@ def _tokens(values: object) -> Iterator[form.TokenLogprob]:
 # A whole answer -------------------------------------------------------------------------------------------------------
 
 
-def read_whole(body: bytes, request_id: str) -> form.Answer:
+def read_whole(body: bytes, request_id: str, unsearched: int | None = None) -> form.Answer:
     """A whole answer. Raises ValueError where it is none, an error with status 200 included."""
-    reader = StreamReader(request_id)
+    reader = StreamReader(request_id, unsearched)
     events = reader.read(body)
     if not events or isinstance(events[0], form.Failed):
         raise ValueError("not an answer of generateContent")

@@ -157,18 +157,16 @@ class GeminiCalls:
 
     def piece_reader(self) -> Callable[[bytes], Piece]:
         """There is no closing event: a stream is whole once all choices are finished, or the prompt is blocked."""
-        reader = StreamReader("")
+        reader = StreamReader("", unsearched=0)
 
         def read(data: bytes) -> Piece:
-            piece = pieces.piece(reader.read(data))
-            return piece._replace(usage=_searched(piece.usage), finished=reader.finished, done=reader.blocked)
+            return pieces.piece(reader.read(data))._replace(finished=reader.finished, done=reader.blocked)
 
         return read
 
     def read_answer(self, body: bytes) -> Answer:
         """What a whole answer says. Raises ValueError where it is not one, an error with status 200 included."""
-        answer = pieces.answer(read_whole(body, ""))
-        return replace(answer, usage=_searched(answer.usage))
+        return pieces.answer(read_whole(body, "", unsearched=0))
 
     def render_error(self, error: TollgateError) -> bytes:
         """The body that Google's clients turn into their own exceptions, by the HTTP status."""
@@ -269,11 +267,6 @@ def _thinks(config: Mapping[str, Any]) -> bool | None:
 def asks_for_media(config: Mapping[str, Any]) -> bool:
     asked = optional(config, "responseModalities", list, "generationConfig.") or []
     return any(str(modality).upper() != "TEXT" for modality in asked)
-
-
-def _searched(usage: Usage | None) -> Usage | None:
-    """Google names each search in its answer: where it names none, none was made."""
-    return usage if usage is None or usage.web_searches is not None else replace(usage, web_searches=0)
 
 
 # The prompt -----------------------------------------------------------------------------------------------------------

@@ -295,11 +295,8 @@ class BareEnvoy(_Command):
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         manager["http_filters"] = [f for f in manager["http_filters"] if f["name"] == "router"]
         host = manager["route_config"]["virtual_hosts"][0]
-        host["routes"] = host["routes"][:1]
-        host["routes"][0]["match"].pop("headers", None)
-        cluster = next(c for c in config["static_resources"]["clusters"] if c["name"] == "openai")
-        options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
-        options["http_filters"] = [f for f in options["http_filters"] if f["name"] == "codec"]
+        # Straight to the provider's cluster, which has its protocol and its pool, and no target.
+        host["routes"] = [{"match": {"prefix": "/"}, "route": {"cluster": "openai", "timeout": "0s"}}]
         path = self.directory / "envoy.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments = ("--log-level", "error", "--concurrency", "1", "--use-dynamic-base-id")

@@ -269,12 +269,13 @@ def summary_part(text: str) -> dict[str, Any]:
 
 def write_citation(citation: form.Citation, base: int = 0) -> dict[str, Any]:
     """A page or, without an address, a file. `base` is where the part begins in the text that offsets are about."""
-    if citation.url is None:
-        name = citation.title or ""
-        return {"type": "file_citation", "file_id": name, "filename": name, "index": max((citation.end or 0) - base, 0)}
     start, end = (max((offset or 0) - base, 0) for offset in (citation.start, citation.end))
-    title = citation.title or ""
-    return {"type": "url_citation", "url": citation.url, "title": title, "start_index": start, "end_index": end}
+    place, title = {"start_index": start, "end_index": end}, citation.title or ""
+    if citation.url is not None:
+        return {"type": "url_citation", "url": citation.url, "title": title, **place}
+    if citation.start is None:
+        return {"type": "file_citation", "file_id": title, "filename": title, "index": end}
+    return {"type": "container_file_citation", "container_id": "", "file_id": title, "filename": title, **place}
 
 
 def write_logprobs(tokens: tuple[form.TokenLogprob, ...]) -> list[dict[str, Any]]:

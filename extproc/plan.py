@@ -37,11 +37,14 @@ class Candidate:
     native: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One admitted request: its candidates in the order of attempts. Until one of them answers, the dearest counts.
 
-    `raw` is the body as the caller sent it; `drop` the policy's word on what a target cannot do.
+    `raw` is the body as the caller sent it; `drop` the policy's word on what a target cannot do. `price` is what is
+    held for, and `cap` the most output tokens of one choice, whoever answers.
+    `cuttable`: the answer can be ended at the limit. A whole one cannot, nor what is billed and cannot be counted:
+    thoughts that nobody sees, sound and pictures.
     """
 
     call: Call
@@ -52,29 +55,15 @@ class Plan:
     candidates: tuple[Candidate, ...]
     drop: bool
     budgets: tuple[Budget, ...]
-
-    @cached_property
-    def price(self) -> Price:
-        """What is held for."""
-        return dearest(candidate.price for candidate in self.candidates)
-
-    @cached_property
-    def cap(self) -> int:
-        """The most output tokens of one choice, whoever answers."""
-        return max(candidate.cap for candidate in self.candidates)
-
-    @cached_property
-    def cuttable(self) -> bool:
-        """Whether the answer can be ended at the limit. A whole one cannot, nor what is billed and cannot be counted:
-        thoughts that nobody sees, sound and pictures.
-        """
-        return self.call.stream and not self.call.unseen and not any(one.thinks for one in self.candidates)
+    price: Price
+    cap: int
+    cuttable: bool
 
     def sent_cap(self, candidate: Candidate) -> int | None:
         """The cap to tell a provider: what is held for must be enforced; a cuttable stream needs none."""
         return candidate.cap if not self.cuttable or self.call.cap is not None else None
 
-    @cached_property
+    @property
     def written(self) -> bool:
         """Whether the first candidate's body can be made here, so that it need not come to the target."""
         first = self.candidates[0]
@@ -117,6 +106,9 @@ def make_plan(gate: Gate, endpoint: Endpoint, principal: Principal, raw: bytes, 
         candidates=candidates,
         drop=drop,
         budgets=budget.applicable(gate.policy.budgets, principal, call.model),
+        price=dearest(candidate.price for candidate in candidates),
+        cap=max(candidate.cap for candidate in candidates),
+        cuttable=call.stream and not call.unseen and not any(candidate.thinks for candidate in candidates),
     )
 
 

@@ -47,7 +47,7 @@ class OpenAIEmbeddings:
             raise invalid("stream", "embeddings do not stream")
         model = model_name(body)
         prompt = prompt_for(model)
-        prompt.extra += INPUT_TOKENS * read_inputs(body, "input", prompt)
+        inputs = read_inputs(body, "input", prompt)
         return Call(
             model=model,
             stream=False,
@@ -55,7 +55,7 @@ class OpenAIEmbeddings:
             choices=1,
             cap=1,  # nothing is written
             prompt_texts=tuple(prompt.texts),
-            prompt_extra=prompt.extra,
+            prompt_extra=prompt.extra + INPUT_TOKENS * inputs,
             service_tier=optional(body, "service_tier", str),
             web_searches=0,
             body=body,

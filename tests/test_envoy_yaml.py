@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import yaml
 
 from extproc import limits
 from extproc.local import envoy_config, envoy_types
 from extproc.local.envoy_config import TEMPLATE, Places, chains, envoy_binary, problems, render
+from extproc.local.valkey import free_port
 from extproc.providers import PROVIDERS
 from extproc.settings import Settings
 
@@ -181,7 +186,9 @@ def test_the_access_log_is_json_without_any_header_that_may_carry_a_credential()
     fields = log["typed_config"]["log_format"]["json_format"]
     read = {name for value in fields.values() for name in re.findall(r"%(?:REQ|RESP|TRAILER)\(([^)]*)\)", value)}
     assert read == {"x-request-id", ":method"}
-    assert fields["path"].startswith("%PATH(NQ:"), "without the query"
+    assert fields["path"] == "%DYNAMIC_METADATA(tollgate:path):256%"
+    path = FILTERS["caller"]["request_rules"][1]["on_header_present"]["regex_value_rewrite"]
+    assert re.sub(path["pattern"]["regex"], path["substitution"], "/v1/x?key=secret?a=b") == "/v1/x"
 
 
 @pytest.mark.parametrize("filter_config", [GATE, *map(target, CHAINS.values())])
@@ -358,6 +365,66 @@ def test_the_gate_is_told_who_answered_and_the_caller_is_not() -> None:
     (removed,) = FILTERS["hygiene"]["mutations"]["response_mutations"]
     assert removed["remove_on_match"]["key_matcher"] == {"prefix": "x-tollgate-internal-", "ignore_case": True}
     assert list(FILTERS).index("hygiene") < list(FILTERS).index("gate"), "answers pass the filters backwards"
+
+
+# As it runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The real Envoy without a processor, which refuses everything by itself: its URL, and its log."""
+    directory = tmp_path_factory.mktemp("envoy")
+    port = free_port()
+    text = render(Places(port, free_port(), [directory / "nobody"], {"openai": "http://127.0.0.1:1/v1"}))
+    (directory / "envoy.yaml").write_text(text)
+    log = directory / "envoy.log"
+    command = [envoy_binary(), "--config-path", str(directory / "envoy.yaml"), "--log-level", "off"]
+    options = ["--concurrency", "1", "--use-dynamic-base-id", "--file-flush-interval-msec", "20"]
+    with log.open("wb") as out, subprocess.Popen([*command, *options], stdout=out, stderr=out) as envoy:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/")
+                break
+            except httpx.TransportError:
+                assert envoy.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}", log
+        envoy.kill()
+
+
+OPENAIS = {"message": "The request could not be passed on.", "param": None} | dict.fromkeys(
+    ("type", "code"), "service_unavailable"
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/chat/completions", {"error": OPENAIS}),
+        ("/v1/messages?beta=true", {"type": "error", "error": {"type": "api_error", "message": OPENAIS["message"]}}),
+        (
+            "/v1beta/models/x:generateContent?key=AIza-secret",
+            {"error": {"code": 503, "message": OPENAIS["message"], "status": "UNAVAILABLE"}},
+        ),
+        ("/nothing", {"error": OPENAIS}),
+    ],
+    ids=["OpenAI", "Anthropic", "Google", "no API"],
+)
+def test_envoys_own_refusals_are_in_the_callers_api(
+    alone: tuple[str, Path], path: str, expected: dict[str, Any]
+) -> None:
+    url, log = alone
+    answer = httpx.post(f"{url}{path}", json={})
+    told = answer.json()
+    assert told.pop("request_id", answer.headers["x-request-id"]) == answer.headers["x-request-id"]
+    assert (answer.status_code, told) == (503, expected)
+    lines: list[str] = []
+    while not lines:  # the line is written a moment after the answer
+        lines = [line for line in log.read_text().splitlines() if answer.headers["x-request-id"] in line]
+    assert json.loads(lines[0])["path"] == path.partition("?")[0]
+    assert "secret" not in lines[0]
 
 
 # Rendered -------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from tests.recordings import Case, protocol_cases
 RESPONSES = OpenAIResponses()
 DATA_URL = "data:image/png;base64,AAAA"
 FOREIGN = carry("sig", "anthropic-messages", "openai-responses")
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+JSON = st.recursive(  # what the intake lets through
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
     max_leaves=8,
 )

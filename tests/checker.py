@@ -77,15 +77,15 @@ class Checker:
     def _unbilled(self, rows: list[UsageRecord]) -> list[str]:
         """What the provider was asked and emitted, by caller, against what was written down."""
         left = [row for row in rows if row.outcome is not Outcome.REFUSED]
-        loose = {caller: _take_billed(played, left, caller) for caller, played in _by_caller(self.rig.played).items()}
-        return [problem for caller, played in loose.items() for problem in self._short(played, left, caller)]
+        asked = _by_caller(self.rig.played)
+        problems = [*_untold(asked, left)]
+        loose = {caller: _take_billed(played, left, caller) for caller, played in asked.items()}
+        return problems + [problem for caller, played in loose.items() for problem in self._short(played, left, caller)]
 
     def _short(self, played: list[_Played], left: list[UsageRecord], caller: str | None) -> Iterable[str]:
         """Of answers that no row has the figures of. Takes as many rows out of `left`."""
         name = caller or "no user"
         own = [row for row in left if _is_of(row, caller)]
-        if sum(max(1, row.attempts) for row in own) < len(played):  # who leaves early is told of no attempt
-            yield f"{name}: the provider saw {len(played)} requests more, {len(own)} rows say so"
         broken = sum(row.outcome is not Outcome.OK for row in own)
         figures = [figure for figure in map(_reported, played) if figure is not None]
         if len(figures) > broken:
@@ -216,6 +216,17 @@ def _caller(request: Received) -> str | None:
     named = json.loads(request.body).get("user")
     address = None if named else _ADDRESS.search(request.body)
     return address[0].decode() if address else named
+
+
+def _untold(asked: dict[str | None, list[_Played]], rows: list[UsageRecord]) -> Iterable[str]:
+    """Who was asked more often than the rows' attempts say."""
+    attempts = [(row, max(1, row.attempts)) for row in rows]  # who leaves early is told of no attempt
+    everybodys = sum(count for _, count in attempts)
+    for caller, played in asked.items():
+        told = everybodys if caller is None else sum(count for row, count in attempts if _is_of(row, caller))
+        if told < len(played):
+            yield f"{caller or 'no user'}: the providers saw {len(played)} requests, the rows say {told}"
+        everybodys -= len(played)
 
 
 def _take_billed(played: list[_Played], left: list[UsageRecord], caller: str | None) -> list[_Played]:

@@ -68,12 +68,14 @@ class ChatStreamWriter:
 
     def _begin(self, event: form.Started) -> None:
         self._usage, self._tier = event.usage, event.service_tier
-        self._fields = {
+        self._fields: dict[str, Any] = {
             "id": event.id or f"chatcmpl-{self._seed.request_id}",
             "object": "chat.completion.chunk",
             "created": self._seed.created_s,
             "model": event.model or self._seed.request.model,
         }
+        if event.service_tier is not None:
+            self._fields["service_tier"] = event.service_tier
         self._before_choice = b"data: " + dumps(self._fields)[:-1] + b',"choices":['
         self._before_index = self._before_choice + b'{"index":'
 

@@ -145,13 +145,15 @@ def test_paths_have_one_spelling() -> None:
 def test_headers_that_are_trusted_are_stripped_on_the_way_in() -> None:
     (extension,) = HCM["early_header_mutation_extensions"]
     mutations = extension["typed_config"]["mutations"]
-    prefixes = {m["remove_on_match"]["key_matcher"]["prefix"] for m in mutations if "remove_on_match" in m}
+    *reserved, googles = [m["remove_on_match"]["key_matcher"] for m in mutations if "remove_on_match" in m]
     assert mutations[0]["append"] == {
         "header": {"key": "x-api-key", "value": "%REQ(x-goog-api-key)%"},
         "append_action": "ADD_IF_ABSENT",
     }, "before its own header is removed"
-    assert prefixes == {"x-tollgate-internal-", "x-envoy-", "x-goog-"}
-    assert all(m["remove_on_match"]["key_matcher"]["ignore_case"] for m in mutations if "remove_on_match" in m)
+    assert reserved == [{"prefix": prefix, "ignore_case": True} for prefix in ("x-tollgate-internal-", "x-envoy-")]
+    names = ("api-key", "api-client", "authenticated-user-email", "iap-jwt-assertion", "user-project", "request-params")
+    stripped = {name for name in names if re.fullmatch(googles["safe_regex"]["regex"], f"x-goog-{name}")}
+    assert set(names) - stripped == {"api-client"}
     assert {"remove": "x-request-id"} in mutations
     assert HCM["use_remote_address"] is True
     assert HCM["preserve_external_request_id"] is False
@@ -397,6 +399,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
 OPENAIS = {"message": "The request could not be passed on.", "param": None} | dict.fromkeys(
     ("type", "code"), "service_unavailable"
 )
+GOOGLES = {"code": 503, "message": OPENAIS["message"], "status": "UNAVAILABLE"}
 
 
 @pytest.mark.parametrize(
@@ -404,13 +407,12 @@ OPENAIS = {"message": "The request could not be passed on.", "param": None} | di
     [
         ("/v1/chat/completions", {"error": OPENAIS}),
         ("/v1/messages?beta=true", {"type": "error", "error": {"type": "api_error", "message": OPENAIS["message"]}}),
-        (
-            "/v1beta/models/x:generateContent?key=AIza-secret",
-            {"error": {"code": 503, "message": OPENAIS["message"], "status": "UNAVAILABLE"}},
-        ),
+        ("/v1beta/models/x:generateContent?key=AIza-secret", {"error": GOOGLES}),
+        ("/v1/models/x:generateContent?key=AIza-secret", {"error": GOOGLES}),
+        ("/v1/models/x", {"error": OPENAIS}),
         ("/nothing", {"error": OPENAIS}),
     ],
-    ids=["OpenAI", "Anthropic", "Google", "no API"],
+    ids=["OpenAI", "Anthropic", "Google", "Google's newer clients", "OpenAI's models", "no API"],
 )
 def test_envoys_own_refusals_are_in_the_callers_api(
     alone: tuple[str, Path], path: str, expected: dict[str, Any]

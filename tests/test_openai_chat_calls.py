@@ -69,6 +69,8 @@ READ: dict[str, tuple[dict[str, Any], str, object]] = {
     "web search asked for": ({"web_search_options": {}}, "web_searches", 1),
     "web search as a tool": ({"tools": [{"type": "web_search"}]}, "web_searches", 1),
     "web search built in": ({"model": "gpt-4o-search-preview"}, "web_searches", 1),
+    "sound": ({"modalities": ["text", "audio"]}, "unseen", True),
+    "text": ({"modalities": ["text"]}, "unseen", False),
     "a function is no web search": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "web_searches", 0),
 }
 
@@ -212,6 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "service tier a number": (request(service_tier=1), "service_tier", "invalid_type"),
     "web search options a boolean": (request(web_search_options=True), "web_search_options", "invalid_type"),
     "response format a string": (request(response_format="json"), "response_format", "invalid_type"),
+    "modalities a number": (request(modalities=1), "modalities", "invalid_type"),
     "prediction a string": (request(prediction="x"), "prediction", "invalid_type"),
     "Model": (request(Model="gpt-5"), "Model", "unknown_parameter"),
     "Stream": (request(Stream=True), "Stream", "unknown_parameter"),
@@ -437,7 +440,9 @@ PIECES: dict[str, tuple[Any, Piece]] = {
     "x_groq without usage": ({"choices": [], "x_groq": {"id": "r"}}, Piece()),
     "error": ({"error": {"message": "overloaded"}}, Piece(error=True)),
     "error null": ({"error": None, "choices": []}, Piece()),
+    "vLLM's error": ({"object": "error", "message": "x", "code": 400}, Piece(error=True)),
     "service tier": ({"choices": [], "service_tier": "flex"}, Piece(service_tier="flex")),
+    "Mistral's service tier": ({"choices": [], "usage": {"service_tier": "x"}}, Piece(service_tier="x")),
     "service tier empty": ({"choices": [], "service_tier": ""}, Piece()),
     "wrong types": (
         {"choices": [1, None, {"index": "0", "delta": "x"}], "usage": 7, "x_groq": 7, "service_tier": 7},
@@ -506,6 +511,20 @@ USAGES: dict[str, tuple[dict[str, Any], Usage | None]] = {
         Usage(3, 4),
     ),
     "more cached than prompted": ({**USAGE, "cached_tokens": 9}, Usage(3, 4, cached_prompt=3)),
+    "written to the cache": (
+        {**USAGE, "prompt_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 2}},
+        Usage(3, 4, cached_prompt=1, cache_write_prompt=2),
+    ),
+    "written to the cache, by Anthropic's name": (
+        {**USAGE, "cache_creation_input_tokens": 2},
+        Usage(3, 4, cache_write_prompt=2),
+    ),
+    "more in the cache than prompted": (
+        {**USAGE, "prompt_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 9}},
+        Usage(3, 4, cached_prompt=2, cache_write_prompt=1),
+    ),
+    "searches": ({**USAGE, "server_tool_use_details": {"web_search_requests": 2}}, Usage(3, 4, web_searches=2)),
+    "no searches": ({**USAGE, "server_tool_use_details": {"web_search_requests": 0}}, Usage(3, 4, web_searches=0)),
     "reasoning outside, by the total": (
         {**USAGE, "total_tokens": 27, "completion_tokens_details": {"reasoning_tokens": 20}},
         Usage(3, 24, reasoning=20),

@@ -189,6 +189,31 @@ def test_the_official_client_works_unchanged(up: Stack) -> None:
         client.with_options(api_key="sk-mine").chat.completions.create(model="gpt-4o", messages=[QUESTION])
 
 
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_what_readme_shows_of_the_official_clients_runs(up: Stack, number: int) -> None:
+    code = SNIPPETS[number].replace("http://127.0.0.1:8080", up.url)
+    assert up.url in code
+    env = {"PATH": os.environ["PATH"], "TOKEN": up.token}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()
+
+
+def test_an_outage_is_answered_by_the_next_provider() -> None:
+    """As README shows it: OpenAI's calls go where nobody listens."""
+    with stack(OPENAI_BASE_URL=f"http://127.0.0.1:{free_port()}/v1") as one:
+        assert "for want of a key: anthropic, gemini\n" in one.said
+        answer = one.client().chat.completions.create(model="gpt-4o", messages=[QUESTION])
+        assert answer.choices[0].message.content
+        assert answer.model.startswith("claude-")
+
+
 def test_usage_and_budgets_are_shown(up: Stack) -> None:
     answer = up.client().chat.completions.with_raw_response.create(model="gpt-4o", messages=[QUESTION])
     request_id = answer.headers["x-request-id"]

@@ -370,6 +370,14 @@ SAID: dict[str, tuple[list[dict[str, Any]], list[form.StreamEvent]]] = {
         ],
         [form.Unseen("select"), form.Unseen(" 1"), form.Unseen("sql")],
     ),
+    "thoughts, twice": (
+        [item_done({"type": "reasoning", "summary": [{"text": "a"}], "encrypted_content": "gAA"})] * 2,
+        [form.ThinkingDelta(0, "a"), form.ThinkingSigned(0, "gAA", OWN)],
+    ),
+    "a query, alone and listed": (
+        [item_done({"type": "web_search_call", "action": {"type": "search", "query": "q", "queries": ["q", "r"]}})],
+        [form.Unseen("q"), form.Unseen("r")],
+    ),
     "a page": (
         [
             delta("output_text", "ab"),
@@ -438,6 +446,11 @@ def test_a_stream_of_its_end_alone() -> None:
         form.Used(Usage(1, 2, web_searches=0)),
         form.Done(),
     ]
+
+
+def test_a_gap_in_the_places_says_nothing_twice() -> None:
+    heard = read(CREATED, item_done(MESSAGE, 1), ended(output=[MESSAGE]))
+    assert said(heard)["text"] == "Hello"
 
 
 def test_searches_are_counted_where_the_response_does_not_repeat_them() -> None:

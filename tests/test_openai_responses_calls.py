@@ -159,6 +159,7 @@ EXTRAS: dict[str, tuple[dict[str, Any], int]] = {
         {**with_items({"type": "item_reference", "id": "msg_1"}), "previous_response_id": "resp_1"},
         LARGEST,
     ),
+    "items that are kept share it": (with_items({"id": "msg_1"}, {"id": "msg_2"}), 4 + LARGEST),
     "rounds, bounded": (
         {**ONE, "tools": [SEARCH], "max_tool_calls": 2},
         parts.TOOLS_TOKENS + prompts.OWN_TOOLS_TOKENS + 3 * prompts.ROUND_TOKENS,

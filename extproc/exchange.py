@@ -774,7 +774,8 @@ class Exchange:
         """Output tokens by the best knowledge there is before the provider's own figure."""
         if self._state in (State.SENT, State.ANSWERING, State.FAILING):
             return self._unseen_tokens()
-        return min(self._meter.tokens + self._thought_tokens(), max(self._allowance.cap, self._meter.tokens))
+        thought = min(self._meter.seen + self._thought_tokens(), self._allowance.cap)
+        return max(thought, self._meter.tokens)
 
     def _unseen_tokens(self) -> int:
         """What a provider may have written that nobody saw: a whole answer, or the thoughts before a stream."""
@@ -783,8 +784,11 @@ class Exchange:
         return self._written_by(self._gate.clock.now_ns())
 
     def _thought_tokens(self) -> int:
-        """What a reasoning model may have thought before its first visible token, or until now."""
-        return self._written_by(self._first_ns or self._gate.clock.now_ns()) if self._candidate.thinks else 0
+        """What a reasoning model has thought: as it reports, or what it may have before its first visible token."""
+        if not self._candidate.thinks:
+            return 0
+        reported = self._meter.usage.reasoning if self._meter.usage is not None else 0
+        return reported or self._written_by(self._first_ns or self._gate.clock.now_ns())
 
     def _written_by(self, now_ns: int) -> int:
         elapsed_ms = (now_ns - self._sent_ns) // 1_000_000

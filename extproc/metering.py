@@ -128,6 +128,11 @@ class StreamMeter:
         self._finished: set[int] = set()
 
     @property
+    def seen(self) -> int:
+        """The estimate of what could be seen, whatever the provider has reported."""
+        return ceil(self.counted * self._factor)
+
+    @property
     def complete(self) -> bool:
         """Whether the answer has come whole: closed by its dialect, or every choice finished (some never close)."""
         return self._done or (self._started <= self._finished and len(self._finished) >= self._choices)

@@ -21,7 +21,8 @@ _OVERLAP_BYTES = 2
 
 
 class SseEvent(NamedTuple):
-    """One block of a stream. `data` is None where no field was `data`: comments, retries, stray blank lines.
+    """One block of a stream. `data` is None where no field was `data`: comments, retries, stray blank lines. A block
+    that is bare JSON counts as data.
 
     `raw` runs through the closing blank line; a blank line that closes nothing begins the next event's `raw`.
     """
@@ -106,4 +107,6 @@ def _read_block(raw: bytes, block: bytes) -> SseEvent:
             data.append(value.removeprefix(b" "))
         elif field == b"event":
             name = value.removeprefix(b" ")
+    if not data and block.lstrip().startswith(b"{"):  # Google breaks a stream off with an error that is no event
+        return SseEvent(raw, block.strip(), name)
     return SseEvent(raw, b"\n".join(data) if data else None, name)

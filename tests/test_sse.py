@@ -252,3 +252,10 @@ PIECES = st.sampled_from(
 def test_any_text_in_any_chunks(chunks: list[bytes]) -> None:
     check(chunks)
     check(each_byte(b"".join(chunks)))
+
+
+def test_bare_json_is_read_like_data() -> None:
+    """Google's servers break a stream off with an error that is no event: it must not pass unseen."""
+    error = b'{\n  "error": {"code": 429}\n}'
+    (event,) = SseParser().feed(error + b"\n\n")
+    assert (event.raw, event.data) == (error + b"\n\n", error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 
 from extproc.local import example
+from extproc.models import traits
 from extproc.policy import parse_policy
 from extproc.records import Policy
 
@@ -48,3 +50,11 @@ def test_a_caller_is_one_that_is_admitted(patterns: list[str], address: str) -> 
 )
 def test_a_model_is_one_that_is_offered(models: str, model: str) -> None:
     assert example.model(policy(models=models), {"openai"}) == model
+
+
+def test_the_local_policy_fails_over_to_a_model_whose_stream_can_be_cut() -> None:
+    """One target that thinks unseen, and each stream would hold its whole cap: two of them a day's budget."""
+    local = parse_policy((Path(example.__file__).parent / "policy.yaml").read_text())
+    (rule,) = (rule for rule in local.models if rule.pattern == "gpt-4o")
+    assert len(rule.targets) > 1
+    assert not any(traits(target.provider, target.model, rule).reasoning for target in rule.targets)

@@ -594,7 +594,7 @@ def test_every_part_is_kept() -> None:
     assert (again.choices[0].finish, again.usage, again.service_tier) == (Finish.LENGTH, Usage(3, 4), "flex")
 
 
-FINISHES: dict[str, tuple[Finish | None, tuple[Part, ...], str | None]] = {
+FINISHES: dict[str, tuple[Finish | None, tuple[Part, ...], str]] = {
     "stop": (Finish.STOP, (), "end_turn"),
     "a stop with a call": (Finish.STOP, (ToolCall("c", "f", ""),), "tool_use"),
     "a stop with a refusal": (Finish.STOP, (Refusal("no"),), "refusal"),
@@ -603,12 +603,12 @@ FINISHES: dict[str, tuple[Finish | None, tuple[Part, ...], str | None]] = {
     "filtered": (Finish.CONTENT_FILTER, (), "refusal"),
     "pause": (Finish.PAUSE, (), "pause_turn"),
     "error": (Finish.ERROR, (), "end_turn"),
-    "none": (None, (), None),
+    "none": (None, (), "end_turn"),
 }
 
 
 @pytest.mark.parametrize(("finish", "parts", "expected"), FINISHES.values(), ids=FINISHES)
-def test_finish(finish: Finish | None, parts: tuple[Part, ...], expected: str | None) -> None:
+def test_finish(finish: Finish | None, parts: tuple[Part, ...], expected: str) -> None:
     written = CLAUDE.write_whole(Answer(None, None, (Choice(0, parts, finish),), None), SEED)
     assert json.loads(written)["stop_reason"] == expected
 
@@ -630,7 +630,7 @@ def test_stop_reasons(reason: object, finish: Finish | None) -> None:
 
 def test_half_a_surrogate_pair_is_kept() -> None:
     call = rb'{"type":"tool_use","id":"c","name":"f","input":{"a":"\ud83d"}}'
-    body = rb'{"content":[{"type":"text","text":"\ud83d"},%s]}' % call
+    body = rb'{"content":[{"type":"text","text":"\ud83d"},%s],"stop_reason":"tool_use"}' % call
     answer = CLAUDE.read_whole(body, SEED)
     assert CLAUDE.read_whole(CLAUDE.write_whole(answer, SEED), SEED).choices == answer.choices
 

@@ -54,11 +54,11 @@ def finish_of(stopped: Mapping[str, Any]) -> Finish | None:
 
 def stop_fields(finish: Finish | None, stop_sequence: str | None, *, called: bool, refusal: str) -> dict[str, Any]:
     """The fields that say why an answer ended. Others end a call or a refusal with a plain stop, Anthropic does not."""
+    finish = finish or Finish.STOP  # there is always a reason
     if finish is Finish.STOP and (called or refusal):
         finish = Finish.TOOL_CALLS if called else Finish.REFUSAL
     details = {"type": "refusal", "category": None, "explanation": refusal} if refusal else None
-    reason = None if finish is None else _STOP_REASONS[finish]
-    return {"stop_reason": reason, "stop_sequence": stop_sequence, "stop_details": details}
+    return {"stop_reason": _STOP_REASONS[finish], "stop_sequence": stop_sequence, "stop_details": details}
 
 
 def refusal_of(stopped: Mapping[str, Any]) -> str:

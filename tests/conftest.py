@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.checker import Checker
+from tests.conformance import conforms, pytest_addoption, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 from tests.rig import Rig
 
 

@@ -37,6 +37,17 @@ _BILLED_OTHERWISE = {
     "xai/chat-stream-grok-code-fast-1-thinking-structured-output-01": (305, 329),
 }
 
+# What Anthropic samples beside the answer is billed, and is only in `iterations`: (prompt, completion, cached).
+_BILLED_BESIDE = {
+    "anthropic/messages-json-claude-sonnet-4-6-long-output-02": (2414 + 2728, 3200 + 874, 0),  # an adviser
+    "anthropic/messages-stream-claude-opus-4-6-long-output-01": (
+        612 + 60385,
+        2819 + 522,
+        0,
+    ),  # a long context, summed up
+    "anthropic/messages-stream-claude-sonnet-4-6-04": (181 + 100 + 55096, 8 + 83, 55096),  # likewise
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -94,6 +105,25 @@ class Case:
         if "output" not in self.usage:
             return None
         return _BILLED_OTHERWISE.get(self.name, (self.usage["input"], self.usage["output"]))
+
+    @property
+    def figures(self) -> tuple[int, int, int, int] | None:
+        """What a bill has of any protocol's answer: prompt, completion, and of these cached and reasoning tokens."""
+        usage = self.usage
+        if "input" not in usage:
+            return None
+        prompt, completion = usage["input"], usage.get("output", 0)
+        cached, reasoning = usage.get("cached", 0), usage.get("reasoning", 0)
+        match self.protocol:
+            case "anthropic-messages":
+                prompt += cached + usage.get("cache_creation", 0)
+                prompt, completion, cached = _BILLED_BESIDE.get(self.name, (prompt, completion, cached))
+            case "gemini":
+                prompt, completion = prompt + usage.get("tool_use_prompt", 0), completion + reasoning
+            case "openai-chat":
+                prompt, completion = _BILLED_OTHERWISE.get(self.name, (prompt, completion))
+                reasoning = max(reasoning, completion - usage["output"])  # Gemini's thoughts have no name of their own
+        return prompt, completion, min(cached, prompt), reasoning
 
     @property
     def features(self) -> frozenset[str]:

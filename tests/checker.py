@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from redis import Redis
 
@@ -27,6 +28,7 @@ LEASE_TOKENS = 100  # the stated bound: what one open stream may miss, or exceed
 
 _SETTLES_WITHIN_S = 15.0
 _SPARE_FILES = MAX_LEDGER_CONNECTIONS + 4  # connections that a processor opens when it first needs them
+_LONGEST_CHAIN = 3  # what a row may stand for that was written before any answer, and so knows of no attempt
 _ADDRESS = re.compile(rb"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 _OURS = ("x-tollgate-", "x-envoy-", "x-request-id", "x-forwarded-")  # headers that are no provider's business
 
@@ -220,7 +222,7 @@ def _caller(request: Received) -> str | None:
 
 def _untold(asked: dict[str | None, list[_Played]], rows: list[UsageRecord]) -> Iterable[str]:
     """Who was asked more often than the rows' attempts say."""
-    attempts = [(row, max(1, row.attempts)) for row in rows]  # who leaves early is told of no attempt
+    attempts = [(row, row.attempts or _LONGEST_CHAIN) for row in rows]
     everybodys = sum(count for _, count in attempts)
     for caller, played in asked.items():
         told = everybodys if caller is None else sum(count for row, count in attempts if _is_of(row, caller))
@@ -251,29 +253,30 @@ def _reported(played: _Played) -> tuple[int, int] | None:
     request, script = played
     if request.ended != "whole" or not 200 <= script.status < 300 or dict(script.headers).get("content-encoding"):
         return None
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     body = b"".join(script.chunks)
     for line in (body, *body.replace(b"\r", b"\n").split(b"\n")):  # a whole answer, or events
         with suppress(ValueError, TypeError, AttributeError):
             said = json.loads(line.removeprefix(b"data:"))
-            said = said.get("message") or said  # Anthropic's first event
+            said = said.get("message") or said.get("response") or said  # Anthropic's first event; Responses' last
             found |= said.get("usage") or said.get("usageMetadata") or {}
     return next((figures for names in _FIGURES if (figures := _both(found, *names)) is not None), None)
 
 
-# The names of prompt and completion tokens, as each dialect has them. Answers of the tests' own have no others.
+# The names of prompt and of completion tokens, as each dialect has them, with what is billed beside each.
 _FIGURES = (
-    ("prompt_tokens", "completion_tokens"),
-    ("input_tokens", "output_tokens"),
-    ("promptTokenCount", "candidatesTokenCount"),
+    (("prompt_tokens",), ("completion_tokens",)),
+    (("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)),
+    (("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")),
 )
 
 
-def _both(usage: dict[str, object], prompt: str, completion: str) -> tuple[int, int] | None:
-    figures = usage.get(prompt), usage.get(completion)
-    if all(type(figure) is int and figure >= 0 for figure in figures):
-        return figures  # type: ignore[return-value]
-    return None
+def _both(usage: dict[str, Any], prompt: tuple[str, ...], completion: tuple[str, ...]) -> tuple[int, int] | None:
+    """Answers of the tests' own may have nonsense for figures."""
+    figures = usage.get(prompt[0]), usage.get(completion[0])
+    if not all(type(figure) is int and figure >= 0 for figure in figures):
+        return None
+    return sum(usage.get(name) or 0 for name in prompt), sum(usage.get(name) or 0 for name in completion)
 
 
 def _unsettled(ledger: _LedgerDump, rows: list[UsageRecord]) -> list[str]:

@@ -50,7 +50,7 @@ def refusal(refused: HoldRefusal, least: Amount) -> BudgetExhausted:
     must_hold = least.of(budget.unit)
     what = f"has too little left for this request, which must hold {_readable(must_hold, budget.unit)}"
     if must_hold > budget.limit:
-        what += " (a lower max_completion_tokens lets it hold less)"
+        what += " (a lower cap of its output tokens lets it hold less)"
     return _exhausted(refused, what, may_clear=budget.limit - refused.posted >= must_hold)
 
 

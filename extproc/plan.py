@@ -8,6 +8,7 @@ from functools import cached_property
 from extproc import budget
 from extproc.dialects import CHAT
 from extproc.dialects.dialect import Address, ChatDialect, Dialect
+from extproc.dialects.fields import renamed
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest
 from extproc.form import Request
@@ -74,7 +75,9 @@ class Plan:
         first = self.candidates[0]
         if not self.written:
             return self.raw
-        return self.dialect.upstream_body(self.call, self.raw, first.target.model, self.sent_cap(first))
+        body = self.dialect.upstream_body(self.call, self.raw, first.target.model, self.sent_cap(first))
+        renames = PROVIDERS[first.target.provider].renames
+        return renamed(body, renames) if renames else body
 
     def itinerary(self, request_id: str, body_bytes: int) -> Itinerary:
         """What the targets are told."""

@@ -32,6 +32,7 @@ class Provider:
     """One provider. `base_url` is None where it is each customer's own, and must be set.
 
     `endpoints` are by dialect: what is not there, the provider does not speak. `headers` are what its API always needs.
+    `renames` are fields that it knows by another name only, and would refuse or overlook.
     `body_fields` are added to every body; where a path names the model, the body must not (see `model_in_path`).
     `price_id` is its name in genai-prices, None where a call costs nothing but the machine. `publisher` is whose models
     these are on Vertex AI, where a key is an access token of Google's.
@@ -43,6 +44,7 @@ class Provider:
     auth: Auth
     price_id: str | None
     headers: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     body_fields: tuple[tuple[str, str], ...] = ()
     publisher: str | None = None
     needs_key: bool = True
@@ -113,6 +115,9 @@ _VERTEX_ANTHROPIC = MappingProxyType(
 _VERSION = (("anthropic-version", "2023-06-01"),)
 _VERTEX_VERSION = (("anthropic_version", "vertex-2023-10-16"),)
 
+# Their references have OpenAI's older name for the cap alone: a cap that is overlooked is held for and not kept.
+_OLD_CAP = (("max_completion_tokens", "max_tokens"),)
+
 # What each speaks is what its own reference lists, deprecated APIs left out.
 # fmt: off
 _REGISTRY = (
@@ -123,10 +128,10 @@ _REGISTRY = (
     Provider("vertex-anthropic", None, _VERTEX_ANTHROPIC, _BEARER, "google", body_fields=_VERTEX_VERSION, publisher="anthropic"),  # noqa: E501
     Provider("azure", None, _openai("chat", "responses", "completions", "embeddings"), Auth("api-key"), "azure"),
     Provider("groq", "https://api.groq.com/openai/v1", _openai("chat", "responses"), _BEARER, "groq"),
-    Provider("mistral", "https://api.mistral.ai/v1", _openai("chat", "embeddings"), _BEARER, "mistral"),
-    Provider("deepseek", "https://api.deepseek.com/v1", _openai("chat"), _BEARER, "deepseek"),
+    Provider("mistral", "https://api.mistral.ai/v1", _openai("chat", "embeddings"), _BEARER, "mistral", renames=_OLD_CAP),  # noqa: E501
+    Provider("deepseek", "https://api.deepseek.com/v1", _openai("chat"), _BEARER, "deepseek", renames=_OLD_CAP),
     Provider("xai", "https://api.x.ai/v1", _openai("chat", "responses"), _BEARER, "x-ai"),
-    Provider("together", "https://api.together.xyz/v1", _openai("chat", "completions", "embeddings"), _BEARER, "together"),  # noqa: E501
+    Provider("together", "https://api.together.xyz/v1", _openai("chat", "completions", "embeddings"), _BEARER, "together", renames=_OLD_CAP),  # noqa: E501
     Provider("openrouter", "https://openrouter.ai/api/v1", _openai("chat", "responses", "completions", "embeddings"), _BEARER, "openrouter"),  # noqa: E501
     Provider("local", "http://127.0.0.1:8000/v1", _openai("chat", "responses", "completions", "embeddings"), _BEARER, None, needs_key=False),  # noqa: E501
 )

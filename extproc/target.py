@@ -22,7 +22,7 @@ import orjson
 from extproc import headers
 from extproc.dialects import CHAT, DIALECTS
 from extproc.dialects.dialect import Dialect, Seed
-from extproc.dialects.fields import spliced
+from extproc.dialects.fields import renamed, spliced
 from extproc.errors import ProtocolViolation, ProviderError, StreamTooLarge, TollgateError
 from extproc.events import (
     AwaitMore,
@@ -188,6 +188,8 @@ class Attempt:
             body = self._native_body(event.body) if self._is_native() else self._translated_body(event.body)
         except TollgateError as error:  # the gate has read the same, so that hardly anything is left to find
             return self._reply(error.status, error.code, self._caller.render_error(error))
+        if self._provider.renames:
+            body = renamed(body, self._provider.renames)
         if self._provider.body_fields:
             changes: dict[str, object] = dict(self._provider.body_fields)
             if self._provider.model_in_path(self._dialect):

@@ -220,6 +220,14 @@ def test_a_later_target_of_the_same_dialect_gets_its_own_model_and_cap() -> None
     assert attempt.done
 
 
+def test_a_cap_has_the_name_that_the_provider_knows() -> None:
+    attempt = Attempt(replace(TARGETS, key=lambda _: "key"))
+    attempt.handle(asked("mistral", itinerary("openai/gpt-4o", "mistral/mistral-small/100"), attempt=2))
+    (forward,) = attempt.handle(RequestBody(BODY, True))
+    assert isinstance(forward, ForwardRequest)
+    assert orjson.loads(forward.body) == {**CHAT, "model": "mistral-small", "max_tokens": 100}
+
+
 def test_vertex_wants_the_version_in_the_body_and_the_model_in_the_path() -> None:
     attempt = Attempt(TARGETS)
     way = itinerary("vertex-anthropic/claude-sonnet-4-5@20250929", dialect="anthropic-messages", written=False)

@@ -144,6 +144,16 @@ def dumps(value: object) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
+def renamed(raw: bytes, names: Iterable[tuple[str, str]]) -> bytes:
+    """A JSON object whose fields of these names have others. What already has the other name gives way."""
+    fields = members(raw)
+    changes: dict[str, object] = {}
+    for old, new in names:
+        if old in fields:
+            changes |= {old: None, new: fields[old]}
+    return spliced(raw, changes) if changes else raw
+
+
 # What providers answer ------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,42 @@ import pytest
 import pytest_asyncio
 
 from extproc.local.provider import Received, Script
-from extproc.providers import PROVIDERS
 from extproc.records import Outcome
 from tests import voices
-from tests.checker import Checker
-from tests.rig import Rig, Told, key_of, running
-from tests.voices import CALLERS, FINISHED, JSON, MODELS
+from tests.chains import (
+    COMPLETION,
+    DOMAIN,
+    ENDS,
+    IMPATIENT,
+    PAIRS,
+    PROMPT,
+    TEXT,
+    WORDS,
+    answering,
+    ask,
+    ask_every_way,
+    assert_answered,
+    assert_own_headers_only,
+    dying,
+    local_part,
+    never_left_out,
+    priced_policy,
+    seen_by,
+    who,
+)
+from tests.checker import LEASE_TOKENS, Checker
+from tests.rig import Rig, Told, eventually, running
+from tests.voices import CALLERS, JSON
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DOMAIN = "test.iam.gserviceaccount.com"
-WORDS = ("The", " next", " one", " answers", ".")
-TEXT = "".join(WORDS)
-BUSY = ("busy", "0")  # names in a race's team
-FIT, RACERS = 10, 40
-
-# USD for a million tokens, in and out: whose price it was shows in every row.
-NANOUSD_PER_TOKEN = 1_000  # at one USD for a million tokens
-PRICES = {"gpt-4o": (2, 10), "claude-sonnet-4-5": (3, 15), "gemini-2.5-flash": (1, 4)}
+LIMIT, RACERS = 700, 40  # tokens of a budget that many callers share
 
 
 def policy(gpt: str = "openai/gpt-4o, anthropic/claude-sonnet-4-5") -> str:
-    prices = "\n".join(
-        f"  {model}: {{input_usd_per_mtok: {prompt}, output_usd_per_mtok: {completion}}}"
-        for model, (prompt, completion) in PRICES.items()
-    )
-    return f"""\
-identity:
-  audiences: [https://tollgate.test]
-  issuers: [https://accounts.google.com]
-  allow: ["*@{DOMAIN}"]
-  teams:
-    wholes: [wholes-*@{DOMAIN}]
-    streams: [streams-*@{DOMAIN}]
-models:
+    return priced_policy(
+        teams=f"{{wholes: ['wholes-*@{DOMAIN}'], streams: ['streams-*@{DOMAIN}']}}",
+        models=f"""\
   gpt: {{targets: [{gpt}]}}
   claude: {{targets: [anthropic/claude-sonnet-4-5, openai/gpt-4o]}}
   three: {{targets: [openai/gpt-4o, anthropic/claude-sonnet-4-5, gemini/gemini-2.5-flash]}}
@@ -56,35 +59,27 @@ models:
   gpt-alone: {{targets: [openai/gpt-4o]}}
   claude-alone: {{targets: [anthropic/claude-sonnet-4-5]}}
   claude-dropping: {{targets: [anthropic/claude-sonnet-4-5], drop_unsupported: true}}
-prices:
-{prices}
-budgets:
-  - {{scope: service, id: "*", window: total, limit_usd: 5}}
-  - {{scope: service, id: "*", window: total, limit_tokens: 200000}}
-  - {{scope: team, id: wholes, window: total, limit_tokens: {FIT * 70}}}
-  - {{scope: team, id: streams, window: total, limit_tokens: {FIT * 70}}}
-"""
+""",
+        budgets=f"""\
+  - {{scope: team, id: wholes, window: total, limit_tokens: {LIMIT}}}
+  - {{scope: team, id: streams, window: total, limit_tokens: {LIMIT}}}
+""",
+    )
 
 
 def tuned(config: dict[str, Any]) -> None:
-    """Providers are left out in one chain only, and not for long; whole answers, too, must begin soon."""
-    manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
-        if "per_try_timeout" in route.get("route", {}).get("retry_policy", {}):
-            route["route"]["retry_policy"]["per_try_timeout"] = "2s"
-    for cluster in config["static_resources"]["clusters"]:
-        if cluster["name"] == "azure-if-well":
-            cluster["outlier_detection"] |= {"interval": "0.2s", "base_ejection_time": "1s"}
-        else:
-            cluster.pop("outlier_detection", None)
+    """Providers are left out in one chain only, and not for long."""
+    azure = next(one for one in config["static_resources"]["clusters"] if one["name"] == "azure-if-well")
+    failing = azure["outlier_detection"] | {"interval": "0.2s", "base_ejection_time": "1s"}
+    never_left_out(config)
+    azure["outlier_detection"] = failing
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def rig(short_directory: Path) -> AsyncIterator[Rig]:
-    environment = {"TOLLGATE_FIRST_BYTE_TIMEOUT_MS": "2000"}
     names = ("openai", "anthropic", "gemini", "azure")
     async with running(
-        short_directory, policy=policy(), processors=2, environment=environment, providers=names, tune=tuned
+        short_directory, policy=policy(), processors=2, environment=IMPATIENT, providers=names, tune=tuned
     ) as rig:
         for name in names:
             rig.answer(answering(name), name)
@@ -97,93 +92,7 @@ async def checked(rig: Rig, checker: Checker) -> AsyncIterator[None]:
     await checker.check()
 
 
-# --- What is asked, and what is answered ------------------------------------------------------------------------------
-
-
-def answering(provider: str, **how: Any) -> Callable[[Received], Script]:
-    """Whole or streamed, as it is asked. Prompt and completion are the same figures for everybody."""
-
-    def answer(request: Received) -> Script:
-        if b'"stream":true' in request.body.replace(b": ", b":") or "stream" in request.target:
-            return voices.streamed(provider, WORDS, PROMPT, COMPLETION, **how)
-        return voices.whole(provider, TEXT, PROMPT, COMPLETION, **how)
-
-    return answer
-
-
-PROMPT, COMPLETION = 21, 17
-
-
-def who(name: str) -> str:
-    return f"{name}@{DOMAIN}".replace(" ", "-")
-
-
-def local_part(name: str) -> bytes:
-    return name.replace(" ", "-").encode()
-
-
-async def ask(
-    rig: Rig,
-    dialect: str,
-    email: str,
-    model: str,
-    *,
-    stream: bool,
-    headers: Mapping[str, str] | None = None,
-    **more: Any,
-) -> Told:
-    caller = CALLERS[dialect]
-    fields = caller.fields(f"From {email}: hello", stream) | {"model": model} | more
-    return await rig.ask(email, path=caller.path, headers=headers, **fields)
-
-
-WAYS = [(dialect, stream) for dialect in CALLERS for stream in (True, False)]
-
-
-async def ask_every_way(rig: Rig, case: str, model: str, **more: Any) -> list[tuple[str, bool, str, Told]]:
-    """In each dialect, streamed and whole, all at once: (dialect, stream, the caller, what it was told)."""
-    callers = [who(f"{case}-{dialect}-{'stream' if stream else 'whole'}") for dialect, stream in WAYS]
-    told = await asyncio.gather(
-        *(
-            ask(rig, dialect, name, model, stream=stream, **more)
-            for (dialect, stream), name in zip(WAYS, callers, strict=True)
-        )
-    )
-    return [(dialect, stream, name, one) for (dialect, stream), name, one in zip(WAYS, callers, told, strict=True)]
-
-
-def seen_by(rig: Rig, provider: str, email: str) -> list[Received]:
-    return [request for request in rig.providers[provider].received if email.encode() in request.body]
-
-
-async def assert_answered(rig: Rig, dialect: str, stream: bool, email: str, told: Told, *, by: str, after: int) -> None:
-    """The caller noticed nothing, and is billed what the provider that answered bills."""
-    assert (told.status, told.broken) == (200, None), told.body
-    heard = CALLERS[dialect].hear(told, stream)
-    assert heard == voices.Heard(TEXT, PROMPT, COMPLETION, FINISHED[dialect])
-    record = await rig.record(told.request_id)
-    prompt_usd, completion_usd = PRICES[MODELS[by]]
-    assert (record.outcome, record.status, record.attempts) == (Outcome.OK, 200, after + 1)
-    assert (record.provider, record.model, record.service) == (by, MODELS[by], email)
-    assert (record.prompt_tokens, record.completion_tokens) == (PROMPT, COMPLETION)
-    assert record.cost_nanousd == (PROMPT * prompt_usd + COMPLETION * completion_usd) * NANOUSD_PER_TOKEN
-    (request,) = seen_by(rig, by, email)
-    assert_own_headers_only(by, request)
-
-
-KEPT = {"host", "accept", "accept-encoding", "content-type", "content-length"}
-
-
-def assert_own_headers_only(provider: str, request: Received) -> None:
-    """Nothing of the caller's, of the gateway's or of another attempt's."""
-    known = PROVIDERS[provider]
-    own = dict((*known.auth_headers(key_of(provider)), *known.headers))
-    headers = dict(request.headers)
-    assert len(headers) == len(request.headers), "a header came twice"
-    assert {name: headers.get(name) for name in own} == own
-    assert headers.keys() - own.keys() <= KEPT
-    assert int(headers["content-length"]) == len(request.body)
-    assert b"tollgate" not in request.body
+# --- Before the first byte --------------------------------------------------------------------------------------------
 
 
 FAULTS: dict[str, Callable[[str], Script]] = {
@@ -198,9 +107,7 @@ FAULTS: dict[str, Callable[[str], Script]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("model", "first", "second"), [("gpt", "openai", "anthropic"), ("claude", "anthropic", "openai")]
-)
+@pytest.mark.parametrize(("model", "first", "second"), PAIRS)
 async def test_the_first_fails_and_the_second_answers(rig: Rig, model: str, first: str, second: str) -> None:
     def fail(request: Received) -> Script:
         return next(fault(first) for name, fault in FAULTS.items() if local_part(f"{model}-{name}-") in request.body)
@@ -263,32 +170,15 @@ async def test_all_fail(rig: Rig, model: str, chain: tuple[str, ...]) -> None:
 
 # --- After the first byte ---------------------------------------------------------------------------------------------
 
-BEGUN = 4  # events, of which the last ones are text
 
-
-def dying(provider: str, how: str) -> Callable[[Received], Script]:
-    def answer(request: Received) -> Script:
-        asked = answering(provider)(request)
-        if asked.whole:  # half of it; a length that is announced and not reached
-            half = asked.chunks[0][:-40]
-            return Script(headers=JSON, chunks=[half], pause_s=0.1, fault="reset")
-        begun = asked.chunks[:BEGUN]
-        if how == "an error event":
-            return Script(chunks=[*begun, voices.error_event(provider)], pause_s=0.02)
-        return Script(chunks=begun, pause_s=0.1, fault="reset" if how == "a reset" else None)
-
-    return answer
-
-
-@pytest.mark.parametrize(
-    ("model", "first", "second"), [("gpt", "openai", "anthropic"), ("claude", "anthropic", "openai")]
-)
+@pytest.mark.parametrize(("model", "first", "second"), PAIRS)
 async def test_dying_after_the_first_byte(rig: Rig, model: str, first: str, second: str) -> None:
     """Nobody else is asked: the answer is the caller's. A reset looks as if the caller had left (docs/failures.md)."""
+    rig.answer(dying(first), first)
     rig.answer(answering(second), second)
-    for how in ("an error event", "an end", "a reset"):
-        rig.answer(dying(first, how), first)
-        for dialect, stream, email, told in await ask_every_way(rig, f"dies-{model}-{how}", model):
+    cases = await asyncio.gather(*(ask_every_way(rig, f"dies-{model}-{how}", model) for how in ENDS))
+    for how, case in zip(ENDS, cases, strict=True):
+        for dialect, stream, email, told in case:
             assert told.status == 200
             assert not seen_by(rig, second, email)
             record = await rig.record(told.request_id)
@@ -331,3 +221,134 @@ async def test_headers_and_then_a_reset(rig: Rig) -> None:
         record = await rig.record(told.request_id)
         assert record.outcome is not Outcome.OK
         assert (record.attempts, record.provider) == (1, "openai")
+
+
+# --- Which targets are asked -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "first", "second"), PAIRS)
+async def test_the_caller_may_force_one(rig: Rig, model: str, first: str, second: str) -> None:
+    for provider in (first, second):
+        rig.answer(answering(provider), provider)
+    headers = {"x-llm-provider": second}
+    for dialect, stream, email, told in await ask_every_way(rig, f"forced-{model}", model, headers=headers):
+        await assert_answered(rig, dialect, stream, email, told, by=second, after=0)
+        assert not seen_by(rig, first, email)
+
+
+async def test_a_target_that_cannot_is_left_out(rig: Rig) -> None:
+    rig.answer(voices.failed("openai", 500), "openai")
+    rig.answer(answering("gemini"), "gemini")
+    for stream in (True, False):
+        email = who(f"seeded-{stream:d}")
+        told = await ask(rig, "openai", email, "three", stream=stream, seed=7)
+        await assert_answered(rig, "openai", stream, email, told, by="gemini", after=1)
+        assert not seen_by(rig, "anthropic", email)
+        (request,) = seen_by(rig, "gemini", email)
+        assert json.loads(request.body)["generationConfig"]["seed"] == 7
+
+
+CANNOT = [("openai", "claude-alone", "seed", 7), ("anthropic", "gpt-alone", "top_k", 5)]
+
+
+@pytest.mark.parametrize(("dialect", "model", "field", "value"), CANNOT, ids=[dialect for dialect, *_ in CANNOT])
+async def test_what_no_target_can_is_refused(rig: Rig, dialect: str, model: str, field: str, value: int) -> None:
+    asked = len(rig.played)
+    more: Any = {field: value}
+    for stream in (True, False):
+        told = await ask(rig, dialect, who(f"cannot-{field}"), model, stream=stream, **more)
+        with pytest.raises(CALLERS[dialect].error, match=f"'{field}' is not supported") as raised:
+            CALLERS[dialect].hear(told, stream)
+        assert type(raised.value).__name__ == "BadRequestError"
+        assert (await rig.record(told.request_id)).outcome is Outcome.REFUSED
+    assert len(rig.played) == asked
+
+
+async def test_what_no_target_can_is_dropped_where_the_policy_says_so(rig: Rig) -> None:
+    rig.answer(answering("anthropic"), "anthropic")
+    for stream in (True, False):
+        email = who(f"dropped-{stream:d}")
+        told = await ask(rig, "openai", email, "claude-dropping", stream=stream, seed=7)
+        await assert_answered(rig, "openai", stream, email, told, by="anthropic", after=0)
+        assert b"seed" not in seen_by(rig, "anthropic", email)[0].body
+
+
+async def test_a_reload_redirects_a_model(rig: Rig) -> None:
+    """For the next request on; a stream that is under way goes on where it is."""
+    rig.answer(voices.streamed("openai", WORDS * 25, PROMPT, COMPLETION, pause_s=0.02), "openai")
+    rig.answer(answering("anthropic"), "anthropic")
+    email = who("under-way")
+    under_way = asyncio.create_task(ask(rig, "openai", email, "gpt", stream=True))
+    await eventually(lambda: any(request.chunks_sent > 3 for request in seen_by(rig, "openai", email)), "the stream")
+    await rig.set_policy(policy("anthropic/claude-sonnet-4-5, openai/gpt-4o"))
+    for dialect, stream, name, told in await ask_every_way(rig, "redirected", "gpt"):
+        await assert_answered(rig, dialect, stream, name, told, by="anthropic", after=0)
+    told = await under_way
+    assert CALLERS["openai"].hear(told, True).text == TEXT * 25
+    assert (await rig.record(told.request_id)).provider == "openai"
+    await rig.set_policy(policy())
+
+
+async def test_one_that_keeps_failing_is_left_out_for_a_while(rig: Rig) -> None:
+    """Who answered is in the record, and not who should have."""
+    rig.answer(voices.failed("azure", 500), "azure")
+    rig.answer(answering("openai"), "openai")
+    for number in range(6):
+        email = who(f"ejected-{number}")
+        told = await ask(rig, "openai", email, "ejected", stream=True)
+        await assert_answered(rig, "openai", True, email, told, by="openai", after=int(number < 5))
+        assert len(seen_by(rig, "azure", email)) == (number < 5)
+    rig.answer(answering("azure"), "azure")
+
+    async def is_back() -> bool:
+        told = await ask(rig, "openai", who("recovered"), "ejected", stream=True)
+        return (await rig.record(told.request_id)).provider == "azure"
+
+    await eventually(is_back, "the first to be asked again")
+    assert len(seen_by(rig, "azure", who("recovered"))) == 1
+
+
+# --- Money, and processors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streams", "wholes"])
+async def test_a_race_for_a_budget_over_a_provider_that_fails(rig: Rig, stream: bool) -> None:
+    """Whoever is let through is answered by the second, and together they do not overrun what is left."""
+    team = "streams" if stream else "wholes"
+    rig.answer(voices.failed("openai", 500), "openai")
+    rig.answer(answering("anthropic"), "anthropic")
+    callers = [(dialect, who(f"{team}-{dialect}-{number}")) for dialect in CALLERS for number in range(RACERS // 2)]
+    told = await asyncio.gather(*(ask(rig, dialect, name, "gpt", stream=stream) for dialect, name in callers))
+    statuses = Counter(one.status for one in told)
+    assert statuses.keys() == {200, 429}
+    for (dialect, name), one in zip(callers, told, strict=True):
+        if one.status == 200 and b"insufficient_quota" not in one.body:  # some streams are cut
+            await assert_answered(rig, dialect, stream, name, one, by="anthropic", after=1)
+    posted = (await rig.settled())[f"team/{team}/total/tokens"].posted
+    assert LIMIT / 4 < posted <= LIMIT + (LEASE_TOKENS * statuses[200] if stream else 0)
+
+
+async def test_both_processors_served(rig: Rig) -> None:
+    """An attempt goes to whichever has less to do: often not where the gate of its call is."""
+    clusters = await rig.admin("/clusters")
+    figures = (line.split("::") for line in clusters.splitlines() if line.startswith("extproc::"))
+    totals = [int(figure[-1]) for figure in figures if figure[-2] == "rq_total"]
+    assert len(totals) == len(rig.processors)
+    assert min(totals) > sum(totals) / 4
+
+
+async def test_no_body_crosses_to_the_target_where_nothing_is_translated(rig: Rig) -> None:
+    """Nor does an answer: counted by what Envoy sends to the targets of each chain."""
+    for provider in ("openai", "anthropic"):
+        rig.answer(answering(provider), provider)
+
+    async def crossed(model: str, dialect: str, chain: str) -> int:
+        name = f"cluster.{chain}.ext_proc.stream_msgs_sent"
+        before = int((await rig.admin(f"/stats?filter={name}")).split()[-1])
+        told = await ask(rig, dialect, who(f"crossing-{model}-{dialect}"), model, stream=True)
+        assert told.status == 200
+        return int((await rig.admin(f"/stats?filter={name}")).split()[-1]) - before
+
+    assert await crossed("gpt", "openai", "openai,anthropic") == 1  # the request's headers
+    assert await crossed("claude", "anthropic", "anthropic,openai") == 1
+    assert await crossed("gpt", "anthropic", "openai,anthropic") > 3  # and both bodies

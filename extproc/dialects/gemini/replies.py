@@ -225,6 +225,7 @@ class StreamWriter:
         """The last event has all finish reasons. A dialect may close without one: then it was an end like any other."""
         choices = sorted(self._choices.items()) or [(0, _Choice())]
         calls = b"".join(self._calls(index, choice) for index, choice in choices)
+        self._usage_due = True  # whatever was told before: callers look for it here
         last = self._event({"candidates": [self._last(index, choice) for index, choice in choices]})
         return calls + last + (b"]" if self._array else b"")
 

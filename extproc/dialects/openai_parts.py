@@ -32,7 +32,7 @@ AUDIO_BYTES_PER_TOKEN = 80
 # context that OpenAI sells.
 FILE_TOKENS = 1_500
 LARGEST_CONTEXT_TOKENS = 1_047_576
-
+_SCHEME_CHARS = 16  # within which an address has its `://`, which base64 never has
 # Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key.
 _ROUTING_FIELDS = frozenset(
     ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
@@ -104,9 +104,11 @@ def audio_tokens(base64_text: str) -> int:
     return AUDIO_TOKENS + decoded_bytes(base64_text) // AUDIO_BYTES_PER_TOKEN
 
 
-def file_tokens(base64_text: str) -> int:
-    """What a document costs at most."""
-    return min(FILE_TOKENS + decoded_bytes(base64_text), LARGEST_CONTEXT_TOKENS)
+def file_tokens(data: str) -> int:
+    """What a document costs at most. OpenRouter takes an address for its base64: what lies there may be of any size."""
+    if "://" in data[:_SCHEME_CHARS]:
+        return LARGEST_CONTEXT_TOKENS
+    return min(FILE_TOKENS + decoded_bytes(data), LARGEST_CONTEXT_TOKENS)
 
 
 def decoded_bytes(base64_text: str) -> int:

@@ -148,7 +148,7 @@ def _candidates(gate: Gate, asked: _Asked, way: Route, rule: ModelRule | None) -
 def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None) -> Candidate:
     call = asked.call
     known = traits(target.provider, target.model, rule)
-    native = asked.dialect.name in PROVIDERS[target.provider].endpoints
+    native = asked.dialect.name in PROVIDERS[target.provider].paths
     thinks = known.reasoning if call.thinks is None else call.thinks
     if not native:
         request = _translatable(asked, target)

@@ -19,7 +19,7 @@ class Auth(NamedTuple):
     prefix: str = ""
 
 
-class Endpoint(NamedTuple):
+class Paths(NamedTuple):
     """Where a dialect is spoken, below a provider's base URL: whole answers, streams, and the query for SSE."""
 
     whole: str
@@ -31,7 +31,7 @@ class Endpoint(NamedTuple):
 class Provider:
     """One provider. `base_url` is None where it is each customer's own, and must be set.
 
-    `endpoints` are by dialect: what is not there, the provider does not speak. `headers` are what its API always needs.
+    `paths` are by dialect: what is not there, the provider does not speak. `headers` are what its API always needs.
     `renames` are fields that it knows by another name only, and would refuse or overlook.
     `body_fields` are added to every body; where a path names the model, the body must not (see `model_in_path`).
     `price_id` is its name in genai-prices, None where a call costs nothing but the machine. `publisher` is whose models
@@ -40,7 +40,7 @@ class Provider:
 
     name: str
     base_url: str | None
-    endpoints: Mapping[str, Endpoint]
+    paths: Mapping[str, Paths]
     auth: Auth
     price_id: str | None
     headers: tuple[tuple[str, str], ...] = ()
@@ -69,7 +69,7 @@ class Provider:
 
     def model_in_path(self, dialect: str) -> bool:
         """Whether the path names the model of such a call. Raises KeyError for a dialect that is not spoken."""
-        return _MODEL in self.endpoints[dialect].whole
+        return _MODEL in self.paths[dialect].whole
 
 
 _MODEL = "{model}"
@@ -84,21 +84,21 @@ _OPENAI_PATHS = {
 }
 
 
-def _same(paths: Mapping[str, str]) -> Mapping[str, Endpoint]:
-    return MappingProxyType({dialect: Endpoint(path, path) for dialect, path in paths.items()})
+def _same(paths: Mapping[str, str]) -> Mapping[str, Paths]:
+    return MappingProxyType({dialect: Paths(path, path) for dialect, path in paths.items()})
 
 
-def _openai(*names: str) -> Mapping[str, Endpoint]:
+def _openai(*names: str) -> Mapping[str, Paths]:
     return _same({f"openai-{name}": _OPENAI_PATHS[f"openai-{name}"] for name in names})
 
 
-def _gemini(models: str) -> Mapping[str, Endpoint]:
+def _gemini(models: str) -> Mapping[str, Paths]:
     """Without `alt=sse` a stream is one JSON array, whose elements come as they are generated."""
     path, count = f"{models}/{_MODEL}", f"{models}/{_MODEL}:countTokens"
     return MappingProxyType(
         {
-            "gemini-generate": Endpoint(f"{path}:generateContent", f"{path}:streamGenerateContent", "?alt=sse"),
-            "gemini-count-tokens": Endpoint(count, count),
+            "gemini-generate": Paths(f"{path}:generateContent", f"{path}:streamGenerateContent", "?alt=sse"),
+            "gemini-count-tokens": Paths(count, count),
         }
     )
 
@@ -107,8 +107,8 @@ _ANTHROPIC = _same({"anthropic-messages": "/v1/messages", "anthropic-count-token
 
 _VERTEX_ANTHROPIC = MappingProxyType(
     {
-        "anthropic-messages": Endpoint(f"/models/{_MODEL}:rawPredict", f"/models/{_MODEL}:streamRawPredict"),
-        "anthropic-count-tokens": Endpoint("/models/count-tokens:rawPredict", "/models/count-tokens:rawPredict"),
+        "anthropic-messages": Paths(f"/models/{_MODEL}:rawPredict", f"/models/{_MODEL}:streamRawPredict"),
+        "anthropic-count-tokens": Paths("/models/count-tokens:rawPredict", "/models/count-tokens:rawPredict"),
     }
 )
 
@@ -164,7 +164,7 @@ def upstream_path(
     `model` may be a caller's text: encoded (RFC 3986, 3.3), it stays in its segment whatever it holds.
     Raises KeyError for a dialect that the provider does not speak.
     """
-    endpoint = provider.endpoints[dialect]
-    path = endpoint.stream + (endpoint.sse_query if sse else "") if stream else endpoint.whole
+    paths = provider.paths[dialect]
+    path = paths.stream + (paths.sse_query if sse else "") if stream else paths.whole
     # Vertex's names have an @ before their date. A lone surrogate cannot be encoded, and is in no model's name.
     return urlsplit(base_url).path.rstrip("/") + path.replace(_MODEL, quote(model, safe="@", errors="replace"))

@@ -151,7 +151,7 @@ class Attempt:
             return self._reply(503, "no_provider_key")
         self._leg = itinerary.legs[number]
         self._caller = DIALECTS[itinerary.dialect]
-        native = itinerary.dialect in provider.endpoints
+        native = itinerary.dialect in provider.paths
         self._dialect = itinerary.dialect if native else _foreign(provider)
         crossing = self._crossing(native, itinerary.written and number == 0)
         self._state = State.DONE if crossing is Crossing.NOTHING else State.BODY

@@ -72,7 +72,7 @@ class Translation:
 
 def chat_of(provider: Provider) -> str | None:
     """The dialect in which a provider is asked what the caller asked in another: its first that can be translated."""
-    return next((name for name in provider.endpoints if name in CHAT), None)
+    return next((name for name in provider.paths if name in CHAT), None)
 
 
 def refusal(caller: ChatDialect, provider: ChatDialect, request: form.Request, *, drop: bool) -> BadRequest | None:

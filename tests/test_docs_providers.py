@@ -73,7 +73,7 @@ def test_every_provider_has_its_row() -> None:
         assert ("Google's credentials" in key) == (provider.publisher is not None)
         assert ("if it wants one" in key) == (not provider.needs_key)
         assert base_url == f"`{provider.base_url or provider.base_url_variable}`"
-        assert [APIS[api] for api in apis.split(", ")] == list(provider.endpoints)
+        assert [APIS[api] for api in apis.split(", ")] == list(provider.paths)
 
 
 def test_every_api_is_answered_by_those_who_can() -> None:

@@ -121,7 +121,7 @@ def test_a_dialect_that_is_not_spoken_has_no_path() -> None:
 IN_PATH = [
     (name, dialect)
     for name, provider in PROVIDERS.items()
-    for dialect in provider.endpoints
+    for dialect in provider.paths
     if provider.model_in_path(dialect)
 ]
 
@@ -183,7 +183,7 @@ def check_in_its_segment(provider: str, dialect: str, model: str) -> None:
 
 
 def test_only_known_dialects_are_spoken_and_every_one_somewhere() -> None:
-    assert {dialect for provider in PROVIDERS.values() for dialect in provider.endpoints} == DIALECTS
+    assert {dialect for provider in PROVIDERS.values() for dialect in provider.paths} == DIALECTS
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -191,10 +191,10 @@ def test_a_provider_is_complete(name: str) -> None:
     provider = PROVIDERS[name]
     assert provider.name == name
     assert "/" not in name
-    assert provider.endpoints
-    for endpoint in provider.endpoints.values():
-        assert endpoint.whole.startswith("/")
-        assert endpoint.stream.startswith("/")
+    assert provider.paths
+    for paths in provider.paths.values():
+        assert paths.whole.startswith("/")
+        assert paths.stream.startswith("/")
     if provider.base_url is not None and provider.needs_key:
         assert urlsplit(provider.base_url).scheme == "https"
 

@@ -16,7 +16,7 @@ from extproc.sse import SseParser
 RECORDINGS = Path(replay.__file__).parent / "recordings"
 MODEL = "vendor/a-model"
 
-CALLS = [(name, dialect) for name in replay.REPLAYED for dialect in PROVIDERS[name].endpoints]
+CALLS = [(name, dialect) for name in replay.REPLAYED for dialect in PROVIDERS[name].paths]
 WITH_TOOLS = ("openai-chat", "openai-responses", "anthropic-messages", "gemini-generate")
 STREAMED = (*WITH_TOOLS, "openai-completions")
 

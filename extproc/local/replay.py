@@ -67,10 +67,10 @@ def choose(request: Received) -> Script:
 
 def _places() -> Iterator[_Place]:
     for provider in map(PROVIDERS.__getitem__, REPLAYED):
-        for dialect, endpoint in provider.endpoints.items():
-            for path in {endpoint.whole, endpoint.stream}:
+        for dialect, paths in provider.paths.items():
+            for path in {paths.whole, paths.stream}:
                 pattern = re.escape(f"/{provider.name}{path}").replace(re.escape("{model}"), "[^/]+")
-                yield _Place(re.compile(pattern), provider, dialect, streams=path != endpoint.whole)
+                yield _Place(re.compile(pattern), provider, dialect, streams=path != paths.whole)
 
 
 _PLACES = tuple(_places())
@@ -102,5 +102,5 @@ def _as_array(stream: bytes) -> list[bytes]:
 
 
 def _refusal(provider: Provider, error: TollgateError) -> Script:
-    dialect = DIALECTS[next(iter(provider.endpoints))]
+    dialect = DIALECTS[next(iter(provider.paths))]
     return Script(status=error.status, headers=_JSON, chunks=(dialect.render_error(error),), whole=True)

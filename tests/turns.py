@@ -267,11 +267,11 @@ def _block_deltas(turn: Turn, block: _Fields) -> tuple[_Fields, list[_Fields]]:
 # Gemini's generateContent ---------------------------------------------------------------------------------------------
 
 
-def _parts(turn: Turn) -> Iterator[_Fields]:
+def _parts(turn: Turn, texts: Sequence[str]) -> Iterator[_Fields]:
     """The signature belongs to the first part that follows the thoughts."""
     if turn.thoughts:
         yield {"text": turn.thoughts, "thought": True}
-    said: list[_Fields] = [{"text": word} for word in turn.words]
+    said: list[_Fields] = [{"text": text} for text in texts]
     said += [{"functionCall": {"id": call.id, "name": call.name, "args": dict(call.arguments)}} for call in turn.calls]
     if turn.signature and said:
         said[0] = {**said[0], "thoughtSignature": turn.signature}
@@ -291,11 +291,11 @@ def _content(turn: Turn, parts: list[_Fields], finish: str | None) -> _Fields:
 
 
 def _generated(turn: Turn) -> _Fields:
-    return _content(turn, list(_parts(turn)), "STOP")
+    return _content(turn, list(_parts(turn, [turn.text] if turn.text else [])), "STOP")
 
 
 def _generated_events(turn: Turn) -> Iterator[bytes]:
-    parts = list(_parts(turn))
+    parts = list(_parts(turn, turn.words))
     for part in parts[:-1]:
         yield event(_content(turn, [part], None))
     yield event(_content(turn, parts[-1:], "STOP"))

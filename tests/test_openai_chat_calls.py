@@ -129,7 +129,7 @@ EXTRAS: dict[str, tuple[dict[str, Any], int]] = {
     "audio of an earlier answer": (with_message(role="assistant", audio={"id": "audio_1"}), 16_384),
     "file": (with_content(PDF), 1_500 + 3_000),
     "file, large": (with_content({"type": "file", "file": {"file_data": "A" * 4_000_000}}), 1_047_576),
-    "file, at an address": (with_content({"type": "file", "file": {"file_data": "https://x.example/a.pdf"}}), 1_047_576),
+    "file, at an address": (with_content({"type": "file", "file": {"file_data": "https://x.example/a"}}), 1_047_576),
 }
 
 

@@ -81,6 +81,12 @@ READ: dict[str, tuple[dict[str, Any], str, object]] = {
     "search built in": ({"model": "gpt-4o-search-preview"}, "web_searches", 1),
     "a search of files": ({"tools": [{"type": "file_search"}]}, "web_searches", 0),
     "a function": ({"tools": [FUNCTION], "max_tool_calls": 3}, "web_searches", 0),
+    "a search among the input": (
+        {"input": [{"type": "additional_tools", "role": "developer", "tools": [SEARCH]}], "max_tool_calls": 3},
+        "web_searches",
+        3,
+    ),
+    "a search that was found": ({"input": [{"type": "tool_search_output", "tools": [SEARCH]}]}, "web_searches", 32),
     "background false": ({"background": False, "conversation": None, "prompt": None}, "cap", None),
 }
 
@@ -165,6 +171,10 @@ EXTRAS: dict[str, tuple[dict[str, Any], int]] = {
         parts.TOOLS_TOKENS + prompts.OWN_TOOLS_TOKENS + 3 * prompts.ROUND_TOKENS,
     ),
     "rounds": ({**ONE, "tools": [SEARCH]}, parts.TOOLS_TOKENS + prompts.OWN_TOOLS_TOKENS + LARGEST),
+    "rounds of tools among the input": (
+        with_items(*ONE["input"], {"type": "additional_tools", "role": "developer", "tools": [SEARCH]}),
+        4 + parts.TOOLS_TOKENS + prompts.OWN_TOOLS_TOKENS + LARGEST,
+    ),
 }
 
 
@@ -225,6 +235,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a template": (request(prompt={"id": "pmpt_1"}), "prompt", "unsupported_parameter"),
     "earlier response a number": (request(previous_response_id=1), "previous_response_id", "invalid_type"),
     "images to be made": (request(tools=[{"type": "image_generation"}]), "tools[0].type", "invalid_value"),
+    "images to be made, among the input": (
+        with_items({"type": "additional_tools", "role": "developer", "tools": [{"type": "image_generation"}]}),
+        "input[0].tools[0].type",
+        "invalid_value",
+    ),
     "tool without type": (request(tools=[{"name": "f"}]), "tools[0].type", "missing_required_parameter"),
     "tools an object": (request(tools={}), "tools", "invalid_type"),
     "too many tool calls": (request(max_tool_calls=10**6), "max_tool_calls", "integer_above_max_value"),

@@ -32,7 +32,7 @@ AUDIO_BYTES_PER_TOKEN = 80
 # context that OpenAI sells.
 FILE_TOKENS = 1_500
 LARGEST_CONTEXT_TOKENS = 1_047_576
-_SCHEME_CHARS = 16  # within which an address has its `://`, which base64 never has
+
 # Fields by which aggregators (OpenRouter, LiteLLM) let a caller choose another model, provider or key.
 _ROUTING_FIELDS = frozenset(
     ("models", "route", "provider", "plugins", "preset", "fallbacks", "api_base", "base_url", "api_key")
@@ -106,7 +106,7 @@ def audio_tokens(base64_text: str) -> int:
 
 def file_tokens(data: str) -> int:
     """What a document costs at most. OpenRouter takes an address for its base64: what lies there may be of any size."""
-    if "://" in data[:_SCHEME_CHARS]:
+    if "://" in data:
         return LARGEST_CONTEXT_TOKENS
     return min(FILE_TOKENS + decoded_bytes(data), LARGEST_CONTEXT_TOKENS)
 

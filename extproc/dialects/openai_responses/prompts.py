@@ -35,7 +35,7 @@ _PLAIN_TOOLS = frozenset(("function", "custom", "namespace"))
 _CALLERS_TOOLS = _PLAIN_TOOLS | {"computer", "computer_use_preview", "local_shell", "apply_patch", "tool_search"}
 _NO_SEARCHES = frozenset(("file_search", "tool_search"))  # of the web
 
-_ITEM_FIELDS = Names(("type", "role", "content", "output", "id", "summary", "encrypted_content"))
+_ITEM_FIELDS = Names(("type", "role", "content", "output", "id", "summary", "encrypted_content", "tools"))
 _PART_FIELDS = Names(("type", "text", "refusal", "image_url", "file_id", "file_data", "file_url", "input_audio"))
 _TOOL_FIELDS = Names(("type", "name", "function"))
 
@@ -48,6 +48,7 @@ _TEXT_ITEMS = frozenset((
     "mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response", "compaction_trigger",
 ))
 # fmt: on
+_TOOL_ITEMS = ("additional_tools", "tool_search_output")  # … of which these bring tools
 _OUTPUTS = frozenset(("function_call_output", "custom_tool_call_output", "computer_call_output"))
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
@@ -185,32 +186,46 @@ def _refuse_stored(part: dict[str, Any], where: str) -> None:
 
 
 def _read_tools(body: Mapping[str, Any], prompt: Prompt) -> None:
-    tools = objects(optional(body, "tools", list) or [], "tools")
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]."
+    tools = _tools(body)
+    for where, tool in tools:
         _TOOL_FIELDS.refuse_misspelt(tool, where)
         if required(tool, "type", str, where) == "image_generation":
             raise invalid(where + "type", "images are made by another model, at a price that is not known beforehand")
     if tools:
         prompt.extra += TOOLS_TOKENS
-        prompt.add_json(tools)
-    if any(tool["type"] not in _PLAIN_TOOLS for tool in tools):
+    if given := body.get("tools"):
+        prompt.add_json(given)
+    if any(tool["type"] not in _PLAIN_TOOLS for _, tool in tools):
         prompt.extra += OWN_TOOLS_TOKENS
     rounds = server_tool_calls(body)
     prompt.extra += min(ROUND_TOKENS * rounds * (rounds + 1) // 2, LARGEST_CONTEXT_TOKENS)
 
 
+def _tools(body: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """All tools that the model may use, each with where it stands: the call's, and those that come with its input."""
+    holders: list[tuple[Mapping[str, Any], str]] = [(body, "")]
+    given = body.get("input")
+    for i, item in enumerate(given if isinstance(given, list) else ()):
+        if item.get("type") in _TOOL_ITEMS:
+            holders.append((item, f"input[{i}]."))
+    return [
+        (f"{where}tools[{i}].", tool)
+        for holder, where in holders
+        for i, tool in enumerate(objects(optional(holder, "tools", list, where) or [], f"{where}tools"))
+    ]
+
+
 def server_tool_calls(body: Mapping[str, Any]) -> int:
     """How often the provider may run tools of its own in one answer: the caller's bound, or the gateway's."""
     asked = positive(body, "max_tool_calls", at_most=MAX_TOOL_CALLS)
-    if all(tool["type"] in _CALLERS_TOOLS for tool in body.get("tools") or ()):
+    if all(tool["type"] in _CALLERS_TOOLS for _, tool in _tools(body)):
         return 0
     return asked or DEFAULT_TOOL_CALLS
 
 
 def web_searches(body: Mapping[str, Any], model: str) -> int:
     """How many web searches may be billed."""
-    kinds = [tool["type"] for tool in body.get("tools") or ()]
+    kinds = [tool["type"] for _, tool in _tools(body)]
     if any("search" in kind and kind not in _NO_SEARCHES for kind in kinds):
         return server_tool_calls(body)
     return int("-search" in model)

@@ -27,7 +27,8 @@ from extproc.translation import chat_of, refusal
 class Candidate:
     """One target that can take the call. `cap` bounds one choice's output tokens: the least of caller's and model's.
 
-    `thinks`: it may think unseen. `native`: it is asked in the caller's own dialect.
+    `thinks`: it may write unseen: thoughts, or, translated for some callers, a tool's call until it is whole.
+    `native`: it is asked in the caller's own dialect.
     """
 
     target: Target
@@ -151,20 +152,26 @@ def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None
     native = asked.dialect.name in PROVIDERS[target.provider].paths
     thinks = known.reasoning if call.thinks is None else call.thinks
     if not native:
-        request = _translatable(asked, target)
-        thinks = thinks or (request.reasoning is not None and request.reasoning.effort != "none")
+        thinks = known.reasoning or _writes_unseen(*_translatable(asked, target))
     return Candidate(
         target=target,
         traits=known,
-        price=gate.prices.price(target, call.service_tier) if call.billed else FREE,
+        # A tier is nothing that is translated: another provider is asked for its plain one.
+        price=gate.prices.price(target, call.service_tier if native else None) if call.billed else FREE,
         cap=min(call.cap or known.max_output_tokens, known.max_output_tokens),
         thinks=thinks,
         native=native,
     )
 
 
-def _translatable(asked: _Asked, target: Target) -> Request:
-    """The canonical form, if this target's provider can take it. Raises BadRequest."""
+def _writes_unseen(caller: ChatDialect, request: Request) -> bool:
+    """What a translated call adds to a model's own way. No word of a caller's stops a model that always thinks."""
+    thinks = request.reasoning is not None and request.reasoning.effort != "none"
+    return thinks or (caller.calls_come_whole and bool(request.tools))
+
+
+def _translatable(asked: _Asked, target: Target) -> tuple[ChatDialect, Request]:
+    """The caller's dialect and the canonical form, if this target's provider can take it. Raises BadRequest."""
     name = chat_of(PROVIDERS[target.provider])
     if asked.request is None or name is None:
         raise BadRequest(
@@ -174,4 +181,4 @@ def _translatable(asked: _Asked, target: Target) -> Request:
     error = refusal(caller, CHAT[name], request, drop=asked.drop)
     if error is not None:
         raise error
-    return request
+    return caller, request

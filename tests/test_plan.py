@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from extproc.dialects import DIALECTS
+from extproc.dialects.dialect import Address
 from extproc.dialects.openai_chat import OpenAIChat
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest, Unavailable
@@ -158,6 +159,33 @@ def test_one_that_may_think_unseen_is_held_for_whole() -> None:
     """Asked for thoughts, a model of another dialect bills what it does not show."""
     assert chain(model="both", stream=True).cuttable
     assert not chain(model="both", stream=True, reasoning_effort="high").cuttable
+
+
+def test_no_word_of_a_caller_stops_a_model_that_always_thinks() -> None:
+    quiet = body(model="o3", max_tokens=9, stream=True, thinking={"type": "disabled"})
+    responses = orjson.dumps({"model": "o3", "input": "hi", "stream": True, "reasoning": {"effort": "none"}})
+    assert make_plan(
+        EVERYBODY, Endpoint(DIALECTS["openai-responses"]), CALLER, responses, None
+    ).cuttable  # its own word
+    assert not make_plan(EVERYBODY, Endpoint(DIALECTS["anthropic-messages"]), CALLER, quiet, None).cuttable
+
+
+def test_calls_that_a_caller_gets_whole_are_not_seen_before_their_end() -> None:
+    address = Address("both", stream=True)
+    tools = {"tools": [{"functionDeclarations": [{"name": "f"}]}]}
+    contents = {"contents": [{"parts": [{"text": "hi"}]}]}
+    gemini = Endpoint(DIALECTS["gemini-generate"], address)
+    assert make_plan(EVERYBODY, gemini, CALLER, orjson.dumps(contents), None).cuttable
+    assert not make_plan(EVERYBODY, gemini, CALLER, orjson.dumps(contents | tools), None).cuttable
+
+
+def test_a_tier_that_is_not_translated_is_not_what_is_held_for() -> None:
+    messages = Endpoint(DIALECTS["anthropic-messages"])
+    plain, asked = (
+        make_plan(EVERYBODY, messages, CALLER, body(model="real-4.1", max_tokens=9, **tier), None).price
+        for tier in ({}, {"service_tier": "priority"})
+    )
+    assert asked == plain
 
 
 def test_the_body_is_the_first_targets_or_as_it_came() -> None:

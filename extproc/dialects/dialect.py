@@ -88,11 +88,13 @@ class ChatDialect(Dialect, Protocol):
     """A dialect of chat: to and from the canonical form.
 
     `cannot` are the features that a request of this dialect has no words for. `fields` names each feature as a caller
-    of this dialect knows it, for a refusal.
+    of this dialect knows it, for a refusal. `calls_come_whole`: a stream has a tool's call in one piece, so that a
+    translated one is not seen until it has ended.
     """
 
     cannot: frozenset[Feature]
     fields: Mapping[Feature, str]
+    calls_come_whole: bool
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> Request:
         """A request that `read_call` has accepted. Raises BadRequest for what cannot be read, naming the field."""

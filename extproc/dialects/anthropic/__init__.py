@@ -33,6 +33,7 @@ class AnthropicMessages(AnthropicCalls):
     """`POST /v1/messages`, to and from the canonical form. Stateless."""
 
     cannot = request_writer.CANNOT
+    calls_come_whole = False
     # Of the rest, what a caller of this dialect can ask for at all stands in the messages.
     fields: Mapping[Feature, str] = MappingProxyType({feature: _FIELDS.get(feature, "messages") for feature in Feature})
 

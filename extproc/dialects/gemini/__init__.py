@@ -21,6 +21,7 @@ class GeminiGenerate(GeminiCalls):
 
     cannot = requests.CANNOT
     fields = requests.FIELDS
+    calls_come_whole = True
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:
         return requests.read_request(body, address)

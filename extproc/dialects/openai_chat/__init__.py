@@ -22,6 +22,7 @@ class OpenAIChat(OpenAIChatCalls):
 
     cannot = requests.CANNOT
     fields = requests.FIELDS
+    calls_come_whole = False
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:
         return requests.read_request(body)

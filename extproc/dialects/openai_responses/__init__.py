@@ -42,6 +42,7 @@ class OpenAIResponses(OpenAIResponsesCalls):
     """A `dialect.ChatDialect`. Stateless."""
 
     cannot: frozenset[Feature] = _CANNOT
+    calls_come_whole = False
     fields: Mapping[Feature, str] = _FIELDS
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:

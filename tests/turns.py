@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from extproc.local.provider import Received, Script
@@ -296,8 +296,8 @@ def _generated(turn: Turn) -> _Fields:
 
 def _generated_events(turn: Turn) -> Iterator[bytes]:
     parts = list(_parts(turn, turn.words))
-    for part in parts[:-1]:
-        yield event(_content(turn, [part], None))
+    for number, part in enumerate(parts[:-1], 1):  # a token each
+        yield event(_content(replace(turn, completion=turn.thought_tokens + number), [part], None))
     yield event(_content(turn, parts[-1:], "STOP"))
 
 

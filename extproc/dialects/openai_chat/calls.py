@@ -55,6 +55,26 @@ _CALL_FIELDS = Names((
     "web_search_options",
 ))
 # fmt: on
+_THINKING_FIELDS = (
+    "reasoning_effort",
+    "reasoning",
+    "include_reasoning",
+    "thinking",
+    "enable_thinking",
+    "thinking_budget",
+    "chat_template_kwargs",
+)
+_NO_THOUGHTS: tuple[object, ...] = (
+    None,
+    False,
+    "none",
+    {},
+    {"effort": "none"},
+    {"enabled": False},
+    {"type": "disabled"},
+    {"enable_thinking": False},
+    {"thinking": False},
+)
 _MESSAGE_FIELDS = Names(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
 _PART_FIELDS = Names(("type", "text", "refusal", "image_url", "input_audio", "file"))
 
@@ -91,6 +111,7 @@ class OpenAIChatCalls:
             service_tier=optional(body, "service_tier", str),
             web_searches=int(_searches_web(body, model)),
             body=body,
+            thinks=_thinks(body),
             unseen="audio" in (optional(body, "modalities", list) or ()),
         )
 
@@ -195,6 +216,15 @@ def read_cap(body: Mapping[str, Any]) -> int | None:
         problem = "Setting 'max_tokens' and 'max_completion_tokens' to different values is not supported."
         raise BadRequest(problem, code="invalid_parameter_combination", param="max_tokens")
     return caps.pop() if caps else None
+
+
+def _thinks(body: Mapping[str, Any]) -> bool | None:
+    """Whether thoughts are asked for, which may be hidden (OpenRouter's `exclude`). None: the model's own way.
+
+    Providers have a word each: OpenAI and others an effort, OpenRouter, DeepSeek and Anthropic an object, Qwen a
+    switch, vLLM and Together what a chat's template knows. No word is taken for a promise that there are none.
+    """
+    return True if any(body.get(name) not in _NO_THOUGHTS for name in _THINKING_FIELDS) else None
 
 
 def _searches_web(body: Mapping[str, Any], model: str) -> bool:

@@ -108,9 +108,12 @@ class OpenAIResponsesCalls:
 
 
 def _thinks(body: Mapping[str, Any]) -> bool | None:
-    """Whether it asks for no thoughts. None: the model's own way, of which nothing may be seen."""
+    """Whether it asks for thoughts or for none. None: the model's own way, of which nothing may be seen."""
     reasoning = optional(body, "reasoning", dict)
     if reasoning is None:
         return None
     _REASONING_FIELDS.refuse_misspelt(reasoning, "reasoning.")
-    return False if optional(reasoning, "effort", str, "reasoning.") == "none" else None
+    effort = optional(reasoning, "effort", str, "reasoning.")
+    if reasoning.get("max_tokens") or reasoning.get("enabled"):  # OpenRouter's
+        return True
+    return None if effort is None else effort != "none"

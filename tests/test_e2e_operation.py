@@ -349,8 +349,8 @@ async def test_a_large_prompt_is_counted_and_passed_on(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("request_line", "headers", "status", "code"),
     [
-        ("POST /v1/responses", {}, 404, "unknown_url"),
-        ("GET /v1/models", {}, 404, "unknown_url"),
+        ("POST /v1/files", {}, 404, "unknown_url"),
+        ("GET /v1/files", {}, 404, "unknown_url"),
         ("GET /", {}, 404, "unknown_url"),
         ("GET /v1/chat/completions", {}, 405, "method_not_allowed"),
         ("PUT /v1/chat/completions", {}, 405, "method_not_allowed"),

@@ -44,6 +44,7 @@ from extproc.events import (
 )
 from extproc.form import NO_REQUEST, Failed
 from extproc.itinerary import Itinerary, Leg
+from extproc.jsonarray import JsonArrayParser
 from extproc.limits import FIRST_EVENT_WAIT_MS, MAX_ANSWER_BYTES, MAX_ERROR_BYTES
 from extproc.providers import PROVIDERS, Provider, upstream_path
 from extproc.sse import SseParser
@@ -107,7 +108,7 @@ class Attempt:
         self._patient = patient
         self._state = State.ASKED
         self._begins = State.DONE  # what follows the wait for the first event
-        self._first = SseParser()
+        self._first: SseParser | JsonArrayParser  # … which it finds
         self._early: list[ResponseBody] = []  # chunks that came before the headers went on
         self._failure: ProviderError | None = None  # what the first event said instead of an answer
         self._status = 0
@@ -225,6 +226,7 @@ class Attempt:
         self._begins = self._what_begins(view, event.end)
         if self._patient and self._itinerary.stream and self._begins in (State.STREAMING, State.PASSING):
             self._state = State.WAITING
+            self._first = JsonArrayParser() if self._is_native() and self._itinerary.address.array else SseParser()
             return [AwaitMore(FIRST_EVENT_WAIT_MS)]
         return [self._begin()]
 
@@ -255,14 +257,21 @@ class Attempt:
     def _on_early_chunk(self, event: ResponseBody) -> list[Command]:
         """Envoy waits for an answer to the headers, while the body comes: all are answered at once, in order."""
         self._early.append(event)
-        data = [block.data for block in self._first.feed(event.body) if block.data]
+        try:
+            data = [block.data for block in self._first.feed(event.body) if block.data]
+        except StreamTooLarge:  # who reads it next says so, at the same bound
+            return self._begin_late()
         if not data and not event.end:
             return []
         self._failure = self._failure_in(data)
         if self._failure is not None:
             self._status, self._begins = self._failure.status, State.FAILING
+        return self._begin_late()
+
+    def _begin_late(self) -> list[Command]:
         commands: list[Command] = [self._begin()]
-        for chunk in self._early:
+        early, self._early = self._early, []
+        for chunk in early:
             commands += self.handle(chunk)
         return commands
 
@@ -321,7 +330,7 @@ class Attempt:
         """Too late to add to the body: a stream has its closing event by now, or the gate sees that it lacks."""
         if self._state in (State.WHOLE, State.FAILING):
             return self._reply(502, "answer_in_trailers")
-        begun: list[Command] = [self._begin()] if self._state is State.WAITING else []
+        begun = self._begin_late() if self._state is State.WAITING else []
         self._state = State.DONE
         return [*begun, DropTrailers(event.names)]
 

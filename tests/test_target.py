@@ -30,7 +30,7 @@ from extproc.events import (
     TimerFired,
 )
 from extproc.itinerary import Itinerary, Leg
-from extproc.limits import FIRST_EVENT_WAIT_MS
+from extproc.limits import FIRST_EVENT_WAIT_MS, MAX_EVENT_BYTES
 from extproc.records import Target
 from extproc.target import Attempt, State, Targets
 
@@ -443,6 +443,39 @@ def test_an_error_before_anything_else_is_an_errors_status(dialect: str) -> None
     assert told([chunk]) == b""
     error = orjson.loads(told(attempt.handle(ResponseBody(b"", True))))["error"]
     assert error["message"] == "Overloaded"
+
+
+def test_an_arrays_first_element_is_its_first_event() -> None:
+    way = itinerary("gemini/m", dialect="gemini-generate", address=Address("m", stream=True, array=True), stream=True)
+    body = orjson.dumps({"contents": [{"role": "user", "parts": [{"text": "hi"}]}]})
+    attempt = begun("gemini", way, patient=True, body=body)
+    answer(attempt, 200, JSON)
+    assert attempt.handle(ResponseBody(b'[{"candidates":', False)) == []
+    assert attempt.handle(ResponseBody(b"[]}", False)) == [ContinueResponse(), ForwardChunk(), ForwardChunk()]
+    failed = begun("gemini", way, patient=True, body=body)
+    answer(failed, 200, JSON)
+    first, *_ = failed.handle(
+        ResponseBody(b'[{"error":{"code":503,"message":"Overloaded","status":"UNAVAILABLE"}}', False)
+    )
+    assert set_by(first)[":status"] == "503"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_came_before_the_headers_went_on_is_answered_at_the_trailers_too(native: bool) -> None:
+    way = itinerary("openai/gpt-4o" if native else CLAUDE, stream=True)
+    attempt = begun("openai" if native else "anthropic", way, patient=True)
+    answer(attempt, 200, SSE)
+    assert attempt.handle(ResponseBody(b": waiting\n\n", False)) == []
+    commands = attempt.handle(ResponseTrailers(("x",)))
+    assert [type(command) for command in commands] == [ContinueResponse, ForwardChunk, DropTrailers]
+    assert attempt.done
+
+
+def test_a_first_event_that_is_too_long_goes_on_to_who_says_so() -> None:
+    attempt = begun("openai", itinerary(stream=True), patient=True)
+    answer(attempt, 200, SSE)
+    commands = attempt.handle(ResponseBody(b"data: " + b"x" * MAX_EVENT_BYTES, False))
+    assert commands == [ContinueResponse(), ForwardChunk()]
 
 
 def test_only_a_streams_headers_wait() -> None:

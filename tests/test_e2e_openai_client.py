@@ -266,9 +266,9 @@ async def test_a_caller_that_is_not_allowed(rig: Rig) -> None:
 async def test_a_path_that_is_not_served(rig: Rig) -> None:
     async with client(rig) as caller:
         with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
-            await caller.embeddings.create(model="text-embedding-3-small", input="word")
+            await caller.moderations.create(input="word")
         with pytest.raises(openai.NotFoundError):
-            await caller.models.list()
+            await caller.files.list()
 
 
 @both_clients

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from extproc import form
-from extproc.dialects.anthropic import AnthropicMessages, for_vertex
+from extproc.dialects.anthropic import AnthropicMessages
 from extproc.dialects.anthropic.thinking import generation
 from extproc.errors import BadRequest
 from extproc.form import (
@@ -543,11 +543,6 @@ def test_what_is_asked_for_can_be_said_or_is_named() -> None:
     assert Feature.JSON_MODE in CLAUDE.cannot
     assert Feature.JSON_SCHEMA not in CLAUDE.cannot
     assert CLAUDE.fields.keys() == set(Feature)
-
-
-def test_vertex() -> None:
-    sent = for_vertex(b'{"model":"m","max_tokens": 7,"messages":[]}')
-    assert sent == b'{"max_tokens":7,"messages":[],"anthropic_version":"vertex-2023-10-16"}'
 
 
 # --- Recorded requests ------------------------------------------------------------------------------------------------

@@ -128,16 +128,8 @@ def _json(value: object) -> bytes:
     return value if isinstance(value, bytes) else orjson.dumps(value)
 
 
-def written(value: object) -> bytes:
-    """JSON of what was read leniently: half a surrogate pair, whose other half comes with the next event, stays one."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return json.dumps(value, separators=(",", ":")).encode()
-
-
 def dumps(value: object) -> bytes:
-    """JSON of what has been read. A provider's half surrogate pair, which UTF-8 cannot carry, stays an escape."""
+    """JSON of what was read leniently: half a surrogate pair, whose other half comes with the next event, stays one."""
     try:
         return orjson.dumps(value)
     except TypeError:

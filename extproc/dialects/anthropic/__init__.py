@@ -8,14 +8,13 @@ from typing import Any
 
 from extproc.dialects.anthropic import answers, errors, request_writer, requests
 from extproc.dialects.anthropic.calls import AnthropicCalls, AnthropicCountTokens
-from extproc.dialects.anthropic.requests import for_vertex
 from extproc.dialects.anthropic.stream_writer import MessageWriter
 from extproc.dialects.anthropic.streams import MessageReader
 from extproc.dialects.dialect import NO_ADDRESS, Address, Seed
 from extproc.errors import ProviderError
 from extproc.form import Answer, Feature, Request
 
-__all__ = ["AnthropicCountTokens", "AnthropicMessages", "for_vertex"]
+__all__ = ["AnthropicCountTokens", "AnthropicMessages"]
 
 _FIELDS: Mapping[Feature, str] = MappingProxyType(
     {

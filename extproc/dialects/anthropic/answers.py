@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from extproc.dialects.anthropic.vocabulary import ORIGIN, arguments_of, dumps, input_of
+from extproc.dialects.anthropic.vocabulary import ORIGIN, arguments_of, input_of
 from extproc.dialects.dialect import Seed
-from extproc.dialects.fields import count, dicts, parse
+from extproc.dialects.fields import count, dicts, dumps, parse
 from extproc.form import (
     Answer,
     Choice,

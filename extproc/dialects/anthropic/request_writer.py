@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from extproc.dialects.anthropic.thinking import Generation, Thoughts, generation, thoughts
-from extproc.dialects.anthropic.vocabulary import ORIGIN, dumps, input_of
+from extproc.dialects.anthropic.vocabulary import ORIGIN, input_of
+from extproc.dialects.fields import dumps
 from extproc.form import (
     Choose,
     Document,

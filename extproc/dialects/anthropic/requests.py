@@ -7,7 +7,7 @@ from typing import Any
 
 from extproc.dialects.anthropic.prompts import is_custom
 from extproc.dialects.anthropic.vocabulary import ORIGIN, arguments_of
-from extproc.dialects.fields import invalid, is_a, optional, required, spliced, wrong_type
+from extproc.dialects.fields import invalid, is_a, optional, required, wrong_type
 from extproc.form import (
     Choose,
     Document,
@@ -39,12 +39,6 @@ _HINTS = frozenset((
     "anthropic_version", "anthropic_beta", "betas",
 ))
 # fmt: on
-_VERTEX_VERSION = "vertex-2023-10-16"
-
-
-def for_vertex(body: bytes) -> bytes:
-    """A body as Vertex AI takes it: the model stands in its path, the version of the API here and in no header."""
-    return spliced(body, {"model": None, "anthropic_version": _VERTEX_VERSION})
 
 
 def read_request(body: Mapping[str, Any]) -> Request:

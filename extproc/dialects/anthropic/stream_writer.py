@@ -8,9 +8,8 @@ from typing import Any
 from extproc import form
 from extproc.dialects.anthropic.answers import envelope, stop_fields, write_citation, write_thinking, write_usage
 from extproc.dialects.anthropic.errors import render_error_event
-from extproc.dialects.anthropic.vocabulary import dumps
 from extproc.dialects.dialect import Seed
-from extproc.dialects.fields import parse
+from extproc.dialects.fields import dumps, parse
 
 
 class MessageWriter:

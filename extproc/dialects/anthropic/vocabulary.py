@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import orjson
-
-from extproc.dialects.fields import parse
+from extproc.dialects.fields import dumps, parse
 from extproc.limits import MAX_JSON_DEPTH
 
 ORIGIN = "anthropic-messages"  # whose signatures these are; they hold on every platform that serves Claude
-
-
-def dumps(value: object) -> bytes:
-    """JSON. What the fast writer refuses, models write all the same: half surrogate pairs."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def arguments_of(block: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.dialect import Seed
-from extproc.dialects.fields import count, dicts, parse, written
+from extproc.dialects.fields import count, dicts, dumps, parse
 from extproc.dialects.openai_responses.requests import echo
 from extproc.dialects.openai_responses.thoughts import ITEM_PREFIX, encrypted, thinking
 from extproc.form import Finish
@@ -296,7 +296,7 @@ def write_response(answer: form.Answer, seed: Seed) -> bytes:
     ending = ending_of(choice.finish, any(isinstance(part, form.Refusal) for part in choice.parts))
     items = Items(seed)
     output = _output(choice, items, "completed" if ending["status"] == "completed" else "incomplete")
-    return written(
+    return dumps(
         snapshot(
             seed,
             items.response_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extproc.dialects.fields import written
+from extproc.dialects.fields import dumps
 from extproc.dialects.openai_parts import error_fields
 from extproc.errors import TollgateError
 
@@ -12,4 +12,4 @@ def error_event(error: TollgateError, sequence_number: int) -> bytes:
     fields = error_fields(error)
     flat = {name: fields[name] for name in ("code", "message", "param")}
     event = {"type": "error", **flat, "sequence_number": sequence_number, "error": fields}
-    return b"event: error\ndata: " + written(event) + b"\n\n"
+    return b"event: error\ndata: " + dumps(event) + b"\n\n"

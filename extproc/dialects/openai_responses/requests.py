@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from extproc import form
-from extproc.dialects.fields import invalid, is_a, objects, optional, required, written, wrong_type
+from extproc.dialects.fields import dumps, invalid, is_a, objects, optional, required, wrong_type
 from extproc.dialects.openai_parts import data_url, effort, thinks
 from extproc.dialects.openai_responses.prompts import kind_of
 from extproc.dialects.openai_responses.thoughts import NAME, encrypted, thinking
@@ -262,7 +262,7 @@ def write_request(request: form.Request, model: str, cap: int | None) -> bytes:
         "reasoning": reasoning,
         "store": False,
     }
-    return written({name: value for name, value in fields.items() if value is not None})
+    return dumps({name: value for name, value in fields.items() if value is not None})
 
 
 def _items(message: form.Message) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.dialect import Seed
-from extproc.dialects.fields import written
+from extproc.dialects.fields import dumps
 from extproc.dialects.openai_responses.answers import (
     IN_PROGRESS,
     Items,
@@ -139,7 +139,7 @@ class ResponseWriter:
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = {"type": kind, "sequence_number": self._next(), **fields}
-        return b"event: %s\ndata: %s\n\n" % (kind.encode(), written(event))
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), dumps(event))
 
     def _added(self, item: dict[str, Any]) -> bytes:
         self._output.append(None)

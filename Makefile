@@ -11,10 +11,11 @@ READY := $(VENV)/.ready
 up: $(READY)
 	@exec $(VENV)/bin/tollgate up
 
-# Every test, two at a time; then those through a real Envoy once more, on the reference transport.
+# Every test, two at a time; then those through a real Envoy once more, on the reference transport, with the subset of
+# the recordings that is in the tree.
 test: $(READY)
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
-	TOLLGATE_TRANSPORT=grpc $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
+	TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
 
 check: lint types imports protos-drift
 

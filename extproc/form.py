@@ -445,7 +445,10 @@ class Logprobs(NamedTuple):
 
 
 class Unseen(NamedTuple):
-    """Text that is billed as output and has no place in any other dialect: a provider's own tools at work."""
+    """Text that is billed as output and has no place in any other dialect: a provider's own tools at work.
+
+    Empty where the text itself is not shown either.
+    """
 
     text: str
 

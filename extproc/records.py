@@ -328,7 +328,7 @@ class Piece(NamedTuple):
 
     `usage_only`: the event holds usage and no choices, and a caller that did not ask for it must not see it.
     `started` and `finished` are indices of choices. `done` is the dialect's closing event, `error` an error event.
-    `tool_call`: part of a call of a tool is in it, whose framing is billed and cannot be seen.
+    `unseen`: something is billed with it that cannot be seen, such as the framing of a tool's call, or a citation's.
     """
 
     texts: tuple[str, ...] = ()
@@ -338,7 +338,7 @@ class Piece(NamedTuple):
     finished: tuple[int, ...] = ()
     done: bool = False
     error: bool = False
-    tool_call: bool = False
+    unseen: bool = False
     service_tier: str | None = None
 
 

@@ -270,6 +270,10 @@ READ: dict[str, tuple[list[bytes], list[form.StreamEvent]]] = {
         ],
         [form.Unseen("web_search"), form.Unseen('{"q":1}')],
     ),
+    "a citation's framing": (
+        [block(type="text", text=""), delta(type="citations_delta", citation={"type": "x"}), STOP],
+        [form.Unseen(""), form.Cited(0, Citation())],
+    ),
     "compaction": (
         [block(type="compaction", content=None), delta(type="compaction_delta", content="sum")],
         [form.Unseen("sum")],

@@ -198,7 +198,7 @@ def test_the_meter_reads_the_same(case: Case) -> None:
         started = {index for piece in told for index in piece.started}
         whole = any(piece.done for piece in told) or (bool(told[-1].finished) and started <= set(told[-1].finished))
         assert (whole and not any(piece.error for piece in told)) == (case.name not in UNFINISHED)
-        assert any(piece.tool_call for piece in told) == bool(calls)
+        assert any(piece.unseen for piece in told) or not calls
     check_usage(case, found)
     assert found is None or found.web_searches is not None
 
@@ -307,6 +307,15 @@ UNSEEN = {
     "a picture": ({"inlineData": {"mimeType": "image/png", "data": "AAAA"}}, []),
     "streamed arguments": ({"functionCall": {"partialArgs": [{"jsonPath": "$.a", "stringValue": "x"}]}}, ["x"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({"content": None}, [form.Unseen("")]), ({}, []), ({"content": {}}, [])],
+    ids=["left out", "nothing yet", "empty"],
+)
+def test_text_that_is_billed_and_left_out(said: dict[str, Any], expected: list[form.StreamEvent]) -> None:
+    assert read_one(json.dumps({"candidates": [{"index": 0, **said}]}).encode()) == expected
 
 
 @pytest.mark.parametrize(("part", "expected"), UNSEEN.values(), ids=UNSEEN)

@@ -233,6 +233,22 @@ def test_all_that_is_billed_is_counted_by_the_canonical_form() -> None:
     assert stream.usage == Usage(7, 1)
 
 
+@pytest.mark.parametrize(
+    ("event", "teaches"),
+    [
+        (form.Cited(0, form.Citation()), True),
+        (form.Unseen("a query of the provider's own search"), False),
+        (form.Unseen(""), False),
+        (CALL, False),
+        (form.ToolArguments(0, 0, "{}"), False),
+    ],
+    ids=str,
+)
+def test_what_is_billed_and_not_seen_teaches_nothing(event: form.StreamEvent, teaches: bool) -> None:
+    stream = scripted([STARTED], [form.TextDelta(0, LONG), event], [FINISHED, form.Used(Usage(7, ENOUGH))])
+    assert (stream.learnable() == (LEARN_MIN_TOKENS, ENOUGH)) is teaches
+
+
 def test_thoughts_that_are_reported_and_not_shown_are_in_the_estimate() -> None:
     """Gemini reports with every event: the hidden thoughts are held for as they are thought, not at the end."""
     thinking = form.Used(Usage(7, 400, reasoning=400))
@@ -367,7 +383,17 @@ def test_learnable(events: list[bytes], expected: tuple[int, int] | None) -> Non
         (Target("anthropic", "x"), 1.135),
         (Target("openrouter", "anthropic/Claude-Sonnet-4.5"), 1.135),
         (Target("vertex", "claude-sonnet-4-5@20250929"), 1.135),
-        (Target("vertex", "gemini-2.5-pro"), 1.072),
+        (Target("anthropic", "claude-sonnet-4-20250514"), 1.135),
+        (Target("anthropic", "claude-3-5-sonnet-20240620"), 1.135),
+        (Target("anthropic", "claude-opus-4-6"), 1.135),
+        (Target("anthropic", "claude-opus-4-7"), 1.476),
+        (Target("openrouter", "anthropic/claude-opus-4.8"), 1.476),
+        (Target("vertex", "claude-sonnet-5@default"), 1.476),
+        (Target("anthropic", "claude-fable-5-1"), 1.476),
+        (Target("gemini", "gemini-2.0-flash-lite"), 1.01),
+        (Target("vertex", "gemini-2.5-pro"), 1.13),
+        (Target("gemini", "gemini-3-flash-preview"), 1.05),
+        (Target("gemini", "gemini-flash-latest"), 1.05),
     ],
     ids=str,
 )

@@ -416,15 +416,15 @@ PIECES: dict[str, tuple[Any, Piece]] = {
     ),
     "tool call": (
         delta({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}, {"function": {"arguments": "}"}}]}),
-        Piece(texts=("f", "{", "}"), started=(0,), tool_call=True),
+        Piece(texts=("f", "{", "}"), started=(0,), unseen=True),
     ),
     "custom tool call": (
         delta({"tool_calls": [{"custom": {"name": "f", "input": "x"}}]}),
-        Piece(texts=("f", "x"), started=(0,), tool_call=True),
+        Piece(texts=("f", "x"), started=(0,), unseen=True),
     ),
     "function call": (
         delta({"function_call": {"name": "f", "arguments": "{}"}}),
-        Piece(texts=("f", "{}"), started=(0,), tool_call=True),
+        Piece(texts=("f", "{}"), started=(0,), unseen=True),
     ),
     "no tool calls": (delta({"content": "a", "tool_calls": []}), Piece(texts=("a",), started=(0,))),
     "audio": (delta({"audio": {"data": "AAAA", "transcript": "hi"}}), Piece(texts=("hi",), started=(0,))),
@@ -455,7 +455,7 @@ PIECES: dict[str, tuple[Any, Piece]] = {
     ),
     "wrong types in a delta": (
         delta({"content": 7, "refusal": [], "tool_calls": [7, {"function": "f"}], "audio": 7, "function_call": 7}),
-        Piece(started=(0,), tool_call=True),
+        Piece(started=(0,), unseen=True),
     ),
     "choices an object": ({"choices": {"delta": {"content": "a"}}}, Piece()),
     "not an object": ([1], Piece()),

@@ -370,6 +370,7 @@ SAID: dict[str, tuple[list[dict[str, Any]], list[form.StreamEvent]]] = {
         ],
         [form.Unseen("select"), form.Unseen(" 1"), form.Unseen("sql")],
     ),
+    "compaction": ([item_done({"type": "compaction", "encrypted_content": "gAA"})] * 2, [form.Unseen("")]),
     "thoughts, twice": (
         [item_done({"type": "reasoning", "summary": [{"text": "a"}], "encrypted_content": "gAA"})] * 2,
         [form.ThinkingDelta(0, "a"), form.ThinkingSigned(0, "gAA", OWN)],

@@ -21,7 +21,7 @@ def piece(events: Sequence[form.StreamEvent]) -> Piece:
     finished: list[int] = []
     usage: Usage | None = None
     service_tier: str | None = None
-    done = error = tool_call = False
+    done = error = unseen = False
     for event in events:
         match event:
             case form.TextDelta() | form.ThinkingDelta() | form.RefusalDelta():
@@ -29,13 +29,14 @@ def piece(events: Sequence[form.StreamEvent]) -> Piece:
                 started.append(event.choice)
             case form.ToolArguments():
                 texts.append(event.json)
-                tool_call = True
+                unseen = True
             case form.ToolStarted():
                 texts.append(event.name)
                 started.append(event.choice)
-                tool_call = True
+                unseen = True
             case form.Unseen():
                 texts.append(event.text)
+                unseen = True
             case form.Finished():
                 finished.append(event.choice)
             case form.Started() | form.Used():
@@ -52,7 +53,7 @@ def piece(events: Sequence[form.StreamEvent]) -> Piece:
         finished=tuple(finished),
         done=done,
         error=error,
-        tool_call=tool_call,
+        unseen=unseen,
         service_tier=service_tier,
     )
 

@@ -95,6 +95,7 @@ class MessageReader:
             case "signature_delta":
                 self._signature = _text(delta, "signature") or self._signature
             case "citations_delta":
+                yield form.Unseen("")  # the text that is cited costs nothing, but saying where it is does
                 if (citation := read_citation(delta.get("citation"))) is not None:
                     yield form.Cited(0, citation)
             case "compaction_delta":

@@ -148,6 +148,8 @@ class StreamReader:
         reason = candidate.get("finishReason")
         if reason not in _UNFINISHED:
             state.finish = _finish(reason)
+        elif content is None and "content" in candidate:
+            yield form.Unseen("")  # some text is billed and left out
         message = _text(candidate, "finishMessage") or ""
         if reason == "MALFORMED_FUNCTION_CALL" or message.startswith("Malformed function call"):
             yield form.Unseen(message)  # holds the call that the model wrote

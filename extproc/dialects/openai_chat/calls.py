@@ -144,7 +144,7 @@ class OpenAIChatCalls:
         texts: list[str] = []
         started: list[int] = []
         finished: list[int] = []
-        tool_call = False
+        unseen = False
         choices = dicts(event.get("choices"))
         for choice in choices:
             index = choice.get("index")
@@ -154,7 +154,7 @@ class OpenAIChatCalls:
             delta = choice.get("delta")
             if isinstance(delta, dict):
                 _add_texts(delta, texts)
-                tool_call = tool_call or bool(delta.get("tool_calls") or delta.get("function_call"))
+                unseen = unseen or bool(delta.get("tool_calls") or delta.get("function_call"))
         usage = usage_of(event)
         error = is_error(event)
         return Piece(
@@ -164,7 +164,7 @@ class OpenAIChatCalls:
             started=tuple(started),
             finished=tuple(finished),
             error=error,
-            tool_call=tool_call,
+            unseen=unseen,
             service_tier=service_tier_of(event),
         )
 

@@ -159,7 +159,7 @@ class ResponseReader:
             case "function_call":
                 yield from self._call(event, call_id(item), text_of(item, "name") or "")
                 yield from self._say(_ARGUMENTS, event, arguments(item), whole=True)
-            case _:
+            case str():
                 yield from self._tool_done(event, item)
 
     def _message_done(self, event: dict[str, Any], item: dict[str, Any]) -> Iterator[form.StreamEvent]:
@@ -193,7 +193,7 @@ class ResponseReader:
         yield form.ToolStarted(0, self._calls[index], tool_call_id, name)
 
     def _tool_done(self, event: dict[str, Any], item: dict[str, Any]) -> Iterator[form.StreamEvent]:
-        """What the model wrote for a tool of the provider's, where no delta has said it."""
+        """What the model wrote for a tool of the provider's, where no delta has said it; or a compaction, encrypted."""
         index = _index(event)
         if index in self._tools:
             return
@@ -203,7 +203,7 @@ class ResponseReader:
         for about in _UNSEEN:
             if about[0] == f"response.{item.get('type')}_{about[1]}":
                 yield from self._say(about, event, rest.pop(about[1], None), whole=True)
-        yield from map(form.Unseen, tool_texts(rest))
+        yield from map(form.Unseen, tool_texts(rest) or ("",))
 
     # The end ----------------------------------------------------------------------------------------------------------
 

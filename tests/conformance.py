@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recordings import COLLECTION, Case, cases
+from tests.recordings import COLLECTION, SUBSET, Case, cases
 
 Conforms = Callable[..., None]
 
@@ -27,9 +27,11 @@ Every recorded answer of every API that is spoken here, as the tests have found 
 of the same API, byte for byte, with the recorded usage written down. `into …`: translated, at any chunk boundaries, and
 read by the official client of that API: the same text, calls of tools, end and usage. `error classes`: the official
 clients of the other APIs raise the class that stands for the status. `through the gateway`: translated, through Envoy,
-for callers of two other APIs, with the same demands. A cell is what passed, of what was tried; no cell, nothing to try.
+for callers of two other APIs, with the same demands; whoever speaks Responses is asked by them in OpenAI's chat. A cell
+is what passed, of what was tried; no cell, nothing to try.
 
-Made by `pytest --conformance docs/conformance.md`, by no hand.
+Made by no hand: `pytest tests/test_translation.py tests/test_e2e_recordings.py tests/test_e2e_matrix.py --conformance
+docs/conformance.md`.
 """
 
 
@@ -86,7 +88,7 @@ class Table:
 
 
 def _place(column: str) -> tuple[int, str]:
-    return ((_NATIVE, "", _ERRORS, _THROUGH).index(column) if not column.startswith("into") else 1, column)
+    return (1 if column.startswith("into ") else (_NATIVE, "", _ERRORS, _THROUGH).index(column), column)
 
 
 def _row(cells: Iterable[str]) -> Iterator[str]:
@@ -95,7 +97,7 @@ def _row(cells: Iterable[str]) -> Iterator[str]:
 
 def _counts() -> dict[str, int]:
     counts: dict[str, int] = defaultdict(int)
-    for case in cases(COLLECTION) or ():
+    for case in cases(COLLECTION) or cases(SUBSET):
         counts[case.protocol] += 1
     return counts
 

@@ -6,7 +6,6 @@ the collection's own figures instead of its reading of `usage`, genai-prices' ow
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -14,18 +13,18 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING
 from functools import cached_property
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import genai_prices
-import httpx
 import pytest
 import pytest_asyncio
 
-from extproc.local.provider import Received, Script
+from extproc.local.provider import Script
 from extproc.records import Outcome, UsageRecord, UsageSource
+from tests.conformance import Conforms
 from tests.recordings import Case, chat_cases
-from tests.rig import PROVIDER_KEY, Rig, running
+from tests.replays import ENVOYS_HEADERS, PASSED_HEADERS, Replays, Seen, recorded_headers, script, shredded
+from tests.rig import CHAT_PATH, PROVIDER_KEY, Rig, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -35,14 +34,6 @@ SEARCH_NANOUSD = 10_000_000  # OpenAI's price: 10 USD for a thousand
 SEARCHING = {"openai/chat-stream-gpt-4o-mini-search-preview-2025-03-01", "openrouter/chat-stream-deepseek-chat-01"}
 
 CAPS = {"max_tokens", "max_completion_tokens"}
-
-AT_ONCE = 8
-PAUSE_S = 0.0005  # so that Envoy reads a chunk before the next one comes, and does not join them
-PIECES = 40
-
-# All that may reach a caller besides what Envoy itself says of the message.
-PASSED_HEADERS = {"cache-control", "content-type", "date", "openai-processing-ms", "retry-after", "retry-after-ms"}
-ENVOYS_HEADERS = {"content-length", "transfer-encoding", "x-request-id", "server"}
 
 # The provider says 401 or 403 of the gateway's own key, which is no fault of the caller's.
 REPLACED = {401: 502, 403: 502}
@@ -55,6 +46,8 @@ class Replay:
     case: Case
     seed: int | None
     wants_usage: bool
+    provider = "openai"
+    path = CHAT_PATH
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -72,26 +65,8 @@ class Replay:
 
     @property
     def script(self) -> Script:
-        case = self.case
-        chunks = case.recorded_chunks() if self.seed is None else shredded(case.body, self.seed)
-        return Script(
-            status=case.status,
-            headers=recorded_headers(case),
-            chunks=chunks,
-            pause_s=0 if self.seed is None else PAUSE_S,
-            whole=self.seed is None and not case.stream,
-        )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What came of a run, at all three ends of the gateway."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
-    sent: Received
-    record: UsageRecord
+        chunks = self.case.recorded_chunks() if self.seed is None else shredded(self.case.body, self.seed)
+        return script(self.case, chunks, cut=self.seed is not None)
 
 
 def runs(case: Case) -> list[Replay]:
@@ -100,77 +75,8 @@ def runs(case: Case) -> list[Replay]:
     return [Replay(case, None, False), Replay(case, 1, False)]
 
 
-def shredded(body: bytes, seed: int) -> list[bytes]:
-    """The body in runs of single bytes, with longer chunks between them; small bodies byte by byte."""
-    random = Random(seed)
-    longest = 2 * len(body) // PIECES
-    chunks, at = [], 0
-    while at < len(body):
-        singles = min(random.randint(1, 8), len(body) - at) if len(body) > 200 else len(body)
-        chunks += [body[i : i + 1] for i in range(at, at + singles)]
-        at += singles
-        size = random.randint(1, longest + 1)
-        chunks += [body[at : at + size]] if at < len(body) else []
-        at += size
-    return chunks
-
-
-def recorded_headers(case: Case) -> tuple[tuple[str, str], ...]:
-    """As recorded, but for those of the transport. Three sources lack the content type, one gives a stream JSON's."""
-    framing = {"content-length", "transfer-encoding", "content-encoding", "content-type"}
-    headers = [(name, value) for name, value in case.meta["response_headers"].items() if name not in framing]
-    kind = case.meta["content_type"] or "application/json"
-    if case.stream and not kind.startswith("text/event-stream"):
-        kind = "text/event-stream"
-    return (("content-type", kind), *headers)
-
-
-class Replays:
-    """All runs of the cases that were selected, some at a time, while the tests wait for their own."""
-
-    def __init__(self, rig: Rig, client: httpx.AsyncClient, selected: list[Case]) -> None:
-        self._rig = rig
-        self._client = client
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._scripts: dict[str, Script] = {}
-        self._received: dict[str, Received] = {}
-        self.request_ids: list[str] = []
-        rig.answer(self._choose)
-        self._tasks = {
-            f"{case.name}/{number}": asyncio.create_task(self._replay(f"{case.name}/{number}", run))
-            for case in selected
-            for number, run in enumerate(runs(case))
-        }
-
-    async def of(self, case: Case) -> list[tuple[Replay, Seen]]:
-        """What came of a case."""
-        return [(run, await self._tasks[f"{case.name}/{number}"]) for number, run in enumerate(runs(case))]
-
-    async def all_done(self) -> int:
-        """Wait for all runs; how many there were."""
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        return len(self._tasks)
-
-    async def cancel(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
-    def _choose(self, received: Received) -> Script:
-        name = (received.header("tracestate") or "").partition("=")[2]
-        self._received[name] = received
-        return self._scripts[name]
-
-    async def _replay(self, name: str, run: Replay) -> Seen:
-        async with self._slots:
-            self._scripts[name] = run.script
-            marked = {"tracestate": f"replay={name}"}  # one of the few headers that a provider gets
-            request = self._client.build_request("POST", "/v1/chat/completions", json=run.request, headers=marked)
-            response = await self._client.send(request, stream=True)
-            self.request_ids.append(response.headers["x-request-id"])
-            body = b"".join([chunk async for chunk in response.aiter_raw()])
-            record = await self._rig.record(response.headers["x-request-id"])
-            return Seen(response.status_code, response.headers, body, self._received[name], record)
+def named_runs(case: Case) -> dict[str, Replay]:
+    return {f"{case.name}/{number}": run for number, run in enumerate(runs(case))}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -182,7 +88,7 @@ async def rig(short_directory: Path) -> AsyncIterator[Rig]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def replays(rig: Rig, request: pytest.FixtureRequest) -> AsyncIterator[Replays]:
     calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
-    selected = [call.params["case"] for call in calls if call is not None]
+    selected = {name: run for call in calls if call for name, run in named_runs(call.params["case"]).items()}
     async with rig.client() as client:
         replays = Replays(rig, client, selected)
         yield replays
@@ -241,8 +147,10 @@ def price_nanousd(case: Case, record: UsageRecord) -> int:
 
 
 @pytest.mark.parametrize("case", chat_cases(), ids=lambda case: case.name)
-async def test_a_recorded_answer(rig: Rig, replays: Replays, case: Case) -> None:
-    for run, seen in await replays.of(case):
+async def test_a_recorded_answer(replays: Replays, conforms: Conforms, case: Case) -> None:
+    conforms(case, "native")
+    for name, run in named_runs(case).items():
+        seen = await replays.of(name)
         check_request(run, seen)
         check_answer(run, seen)
         check_record(run, seen)
@@ -276,13 +184,19 @@ def check_answer(run: Replay, seen: Seen) -> None:
         assert seen.body == expected
 
 
+def attempts(case: Case) -> int:
+    """Envoy tries once more where the provider failed, or asks for a short wait."""
+    wait_s = dict(recorded_headers(case)).get("retry-after")
+    return 2 if case.status >= 500 or wait_s in ("0", "1", "2") else 1
+
+
 def check_record(run: Replay, seen: Seen) -> None:
     case, record = run.case, seen.record
     failed = "error" in case.meta or case.status != 200 or not case.complete
     assert record.outcome == (Outcome.UPSTREAM_ERROR if failed else Outcome.OK)
     assert (record.status, record.stream) == (seen.status, run.request["stream"])
     assert (record.requested_model, record.model) == (run.request["model"], run.request["model"])
-    assert (record.provider, record.route, record.attempts) == ("openai", "*", 1)
+    assert (record.provider, record.route, record.attempts) == ("openai", "*", attempts(case))
     tokens = (record.prompt_tokens, record.completion_tokens)
     if case.status != 200:
         assert (tokens, record.cost_nanousd) == ((0, 0), 0)
@@ -302,4 +216,5 @@ async def test_what_was_posted_is_what_the_rows_say(rig: Rig, replays: Replays) 
     records = rig.records()
     assert sum(balance.posted for balance in balances.values()) == sum(record.cost_nanousd for record in records)
     assert sorted(record.request_id for record in records) == sorted(replays.request_ids)
-    assert len(replays.request_ids) == count == len(rig.provider.received)
+    assert len(replays.request_ids) == count
+    assert len(rig.provider.received) == sum(record.attempts for record in records)

@@ -1,6 +1,6 @@
 """Every recorded answer, error and request of each dialect of chat, translated into each of the others.
 
-What was recorded is read by hand, what was translated by the official client of the caller's dialect: `tests/answers.py`.
+What was recorded is read by hand, and what was translated by the official client: see `tests/answers.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import orjson
@@ -22,21 +20,13 @@ from extproc.errors import BadRequest, UpstreamFailure
 from extproc.metering import StreamMeter
 from extproc.translation import Translation, refusal
 from tests.answers import (
-    ANTHROPIC,
-    CHAT,
     DIALECT_OF,
     GEMINI,
-    RESPONSES,
-    Said,
-    error_message,
-    events,
-    raised_for,
-    raised_midway,
-    received,
     recorded,
 )
 from tests.conformance import Conforms
 from tests.recordings import Case, protocol_cases
+from tests.translated import REPLACED, UNASKED, as_events, asked, check_heard, check_raised, exception, whole
 
 CASES = [case for protocol in DIALECT_OF for case in protocol_cases(protocol)]
 SMALL_BYTES = 3_000
@@ -44,62 +34,13 @@ PAIRS = [(case, into) for case in CASES for into in DIALECTS if into != DIALECT_
 ANSWERED = [pair for pair in PAIRS if pair[0].status == 200]
 FAILED = [pair for pair in PAIRS if pair[0].status != 200]
 
-# Why a case is not read as it was recorded.
-SEVERAL = "several choices, which no caller of that dialect can ask for"
-CUT_SHORT = "a call of a tool that the cap has cut off, so that its arguments are no JSON"
-UNASKED = (SEVERAL,)
-CUT_OFF: dict[tuple[str, str], Any] = {
-    ("llamacpp/chat-stream-qwen3-8b-q4-k-m.gguf-tool-call-finish-length-01", ANTHROPIC): (("record", {}),),
-    ("llamacpp/chat-stream-qwen3-8b-q4-k-m.gguf-tool-call-finish-length-01", GEMINI): (),
-    ("openai/responses-stream-gpt-5-mini-2025-08-07-tool-call-thinking-01", ANTHROPIC): (
-        ("__mirascope_formatted_output_tool__", {}),
-    ),
-    ("openai/responses-stream-gpt-5-mini-2025-08-07-tool-call-thinking-01", GEMINI): (),
-}
-
-
-def exception(case: Case, into: str) -> str | None:
-    if into in (RESPONSES, ANTHROPIC) and len(recorded(case).choices) > 1:
-        return SEVERAL
-    return CUT_SHORT if (case.name, into) in CUT_OFF else None
-
-
-# The gate says of its own key's refusal that the provider failed, and the provider's words stay here.
-REPLACED = {401: 502, 403: 502}
-
-
-def whole(case: Case) -> bool:
-    """Whether a stream has come to its end, and without an error."""
-    return case.complete and "error" not in case.meta
-
 
 def ids(pairs: Sequence[tuple[Case, str]]) -> list[str]:
     return [f"{case.name}-{into}" for case, into in pairs]
 
 
-def asked(dialect: str, case: Case, choices: int, *, array: bool = False) -> tuple[dict[str, Any], Address]:
-    """The least that a caller of a dialect may have said."""
-    hi = [{"role": "user", "content": "hi"}]
-    body: dict[str, Any] = {"model": "m", "stream": case.stream}
-    match dialect:
-        case "openai-chat":
-            options = {"stream_options": {"include_usage": True}} if case.stream else {}
-            body |= {"messages": hi, **({"n": choices} if choices > 1 else {}), **options}
-        case "openai-responses":
-            body |= {"input": "hi"}
-        case "anthropic-messages":
-            body |= {"messages": hi, "max_tokens": 100}
-        case _:
-            body = {"contents": [{"parts": [{"text": "hi"}]}]}
-            if choices > 1:
-                body["generationConfig"] = {"candidateCount": choices}
-            return body, Address("m", case.stream, array)
-    return body, Address()
-
-
 def translation(case: Case, into: str, *, array: bool = False) -> Translation:
-    choices = len(recorded(case).choices) if case.status == 200 else 1
-    body, address = asked(into, case, choices, array=array)
+    body, address = asked(into, case, "m", array=array)
     return Translation(
         DIALECTS[into],
         DIALECTS[DIALECT_OF[case.protocol]],
@@ -111,35 +52,11 @@ def translation(case: Case, into: str, *, array: bool = False) -> Translation:
     )
 
 
-class ArrayAsEvents(Case):
-    """A stream that was recorded as one JSON array. No translated call is answered so: Google is asked for events."""
-
-    @cached_property
-    def body(self) -> bytes:
-        said = json.loads((self.folder / "response.body").read_bytes())
-        return b"".join(b"data: %s\r\n\r\n" % json.dumps(event).encode() for event in said)
-
-
-def as_events(case: Case) -> Case:
-    is_array = case.stream and case.body.lstrip().startswith(b"[")
-    return ArrayAsEvents(case.folder, {**case.meta, "chunk_sizes": None}) if is_array else case
-
-
 def translated(case: Case, into: str, chunks: Iterable[bytes], *, array: bool = False) -> bytes:
     making = translation(case, into, array=array)
     if not case.stream:
         return making.whole(b"".join(chunks))
     return b"".join([*(making.chunk(chunk, end=False) for chunk in chunks), making.chunk(b"", end=True)])
-
-
-def expected(case: Case, into: str) -> Said:
-    said = recorded(case)
-    choices = said.choices
-    if into == CHAT:  # it has no word for an answer that needs another turn
-        choices = tuple(replace(choice, end="stop" if choice.end == "other" else choice.end) for choice in choices)
-    if (case.name, into) in CUT_OFF:
-        choices = tuple(replace(choice, calls=CUT_OFF[case.name, into]) for choice in choices)
-    return replace(said, choices=choices)
 
 
 def chunkings(case: Case, into: str) -> Iterator[list[bytes]]:
@@ -168,42 +85,21 @@ def test_an_answer(case: Case, into: str, conforms: Conforms) -> None:
     body = translated(case, into, [case.body])
     for chunks in chunkings(case, into) if case.stream else ():
         assert translated(case, into, chunks) == body
-    if case.stream and not whole(case):
-        assert_broken(case, into, body)
-    else:
-        assert received(into, body, stream=case.stream) == expected(case, into)
-        assert not case.stream or metered(into, case, body).complete
+    if case.stream:
+        body += missing(case, into, body)
+    check_heard(case, into, body)
 
 
-def assert_broken(case: Case, into: str, body: bytes) -> None:
-    """What is not whole does not look whole: the gate, which meters the caller's dialect, adds the error that lacks."""
-    meter = metered(into, case, body)
-    assert meter.errored or not meter.complete
-    assert meter.errored == ("error" in case.meta)
-    if not meter.errored:
-        body += DIALECTS[into].render_error_event(UpstreamFailure("The provider's stream ended early."))
-    with pytest.raises(raised_midway(into)) as raised:
-        received(into, body, stream=True)
-    assert says(raised.value, *said_wrong(case) if meter.errored else ("ended early",))
-
-
-def said_wrong(case: Case) -> Iterator[str]:
-    """The words of a stream's error, which some give in two events."""
-    yield case.meta["error"]["message"]
-    errors = (event.get("error") or event for event in events(case) if event.get("type") == "error")
-    yield from (error["message"] for error in errors)
-
-
-def says(error: Exception, *words: str) -> bool:
-    """Whether a client's exception has one of these, perhaps in the notation of Python."""
-    return any(one in str(error) or repr(one)[1:-1] in str(error) for one in words)
-
-
-def metered(into: str, case: Case, body: bytes) -> StreamMeter:
+def missing(case: Case, into: str, body: bytes) -> bytes:
+    """What is not whole does not look whole to the gate, which meters the caller's dialect and adds the error."""
     meter = StreamMeter(DIALECTS[into], len, 1.0, choices=len(recorded(case).choices) or 1)
     meter.feed(body)
     meter.finish()
-    return meter
+    assert meter.errored == ("error" in case.meta)
+    assert meter.complete == whole(case)
+    if meter.complete or meter.errored:
+        return b""
+    return DIALECTS[into].render_error_event(UpstreamFailure("The provider's stream ended early."))
 
 
 ARRAYS = [case for case, into in ANSWERED if into == GEMINI and case.stream and whole(case)]
@@ -226,9 +122,7 @@ def test_an_error(case: Case, into: str, conforms: Conforms) -> None:
     else:
         body = translation(case, into).error(case.status, case.body)
     for stream in (case.stream, not case.stream):
-        with pytest.raises(raised_for(into, status)) as raised:
-            received(into, body, stream=stream, status=status)
-        assert case.status in REPLACED or says(raised.value, error_message(case))
+        check_raised(case, into, status, body, stream=stream)
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

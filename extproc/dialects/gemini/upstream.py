@@ -10,8 +10,10 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.fields import parse
+from extproc.dialects.gemini.calls import is_public
 from extproc.dialects.gemini.names import OWN, dumps, generation
 from extproc.dialects.gemini.parts import write_parts
+from extproc.errors import BadRequest
 from extproc.form import Choose, Output, Role
 
 # Gemini 3 refuses a call of its own that comes back without its signature; for calls that another model wrote, its
@@ -94,11 +96,15 @@ def _user_parts(parts: tuple[form.Part, ...], names: Mapping[str, str], model: s
 
 
 def _media(part: form.Image | form.Document | form.Audio) -> dict[str, Any]:
+    """Google reads some addresses by its customer's rights, whoever asks. Raises BadRequest for such a one."""
     if isinstance(part, form.Audio):
         media_type = _AUDIO_TYPES.get(part.format, f"audio/{part.format}")
         return {"inlineData": {"mimeType": media_type, "data": part.data}}
     default = "image/jpeg" if isinstance(part, form.Image) else "application/pdf"
     if part.url is not None:
+        if not is_public(part.url):
+            message = "An image or a document is taken from a public address only, and not from Google's own."
+            raise BadRequest(message, code="invalid_value")
         return {"fileData": {"mimeType": part.media_type or _by_name(part.url, default), "fileUri": part.url}}
     return {"inlineData": {"mimeType": part.media_type or default, "data": part.data or ""}}
 

@@ -723,7 +723,9 @@ class Exchange:
         plan = self._admitted
         price = self._price(service_tier)
         billed = usage.prompt or usage.completion
-        searches = plan.call.web_searches if usage.web_searches is None else usage.web_searches
+        searches = usage.web_searches
+        if searches is None:  # a search that was asked for; in another dialect none was, since none is translated
+            searches = plan.call.web_searches if self._candidate.native else 0
         cost_nanousd = price.cost(usage, searches) if billed else 0
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
         return [
@@ -873,7 +875,6 @@ class Exchange:
 
 
 _UNCHANGED = ForwardChunk()
-
 
 
 def _request_line(pairs: Headers) -> tuple[str, str, str]:

@@ -1572,6 +1572,16 @@ def test_who_answers_is_who_is_billed_and_written_down() -> None:
     assert record.price_version == talk.gate.prices.price(Target("anthropic", "claude-haiku-4-5"), None).version
 
 
+def test_a_search_that_was_not_translated_is_not_billed() -> None:
+    talk = Talk(providers=lambda: BOTH)
+    talk.post(model="lenient", web_search_options={})
+    talk.feed(HoldAnswered(Hold(REQUEST_ID, (), talk.one(PlaceHold).ask.ask)))
+    talk.answered(headers=(*JSON, ("x-tollgate-internal-provider", "anthropic")))
+    talk.chunk(answer(usage=figures(PROMPT, 5)), end=True)
+    price = talk.gate.prices.price(Target("anthropic", "claude-haiku-4-5"), None)
+    assert talk.settlement.actual.nanousd == price.hold_cost(PROMPT, 5)
+
+
 def test_the_cheaper_first_target_makes_its_hold_reach_further() -> None:
     talk = Talk(providers=lambda: BOTH)
     talk.post(model="both", stream=True)

@@ -152,7 +152,8 @@ def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None
     native = asked.dialect.name in PROVIDERS[target.provider].paths
     thinks = known.reasoning if call.thinks is None else call.thinks
     if not native:
-        thinks = known.reasoning or _writes_unseen(*_translatable(asked, target))
+        caller, request = _translatable(asked, target)
+        thinks = known.reasoning or _writes_unseen(caller, request)
     return Candidate(
         target=target,
         traits=known,

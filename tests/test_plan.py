@@ -170,6 +170,21 @@ def test_no_word_of_a_caller_stops_a_model_that_always_thinks() -> None:
     assert not make_plan(EVERYBODY, Endpoint(DIALECTS["anthropic-messages"]), CALLER, quiet, None).cuttable
 
 
+@pytest.mark.parametrize(
+    ("dialect", "fields", "code"),
+    [
+        ("anthropic-messages", {"max_tokens": 9, "top_k": 5}, "unsupported_parameter"),
+        ("anthropic-count-tokens", {}, "unsupported_endpoint"),
+    ],
+)
+def test_a_model_that_always_thinks_is_asked_no_less_what_it_can(
+    dialect: str, fields: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        make_plan(EVERYBODY, Endpoint(DIALECTS[dialect]), CALLER, body(model="o3", **fields), None)
+    assert caught.value.code == code
+
+
 def test_calls_that_a_caller_gets_whole_are_not_seen_before_their_end() -> None:
     address = Address("both", stream=True)
     tools = {"tools": [{"functionDeclarations": [{"name": "f"}]}]}

@@ -424,5 +424,7 @@ async def test_models(rig: Rig) -> None:
         one = await caller.models.retrieve("model")
         with pytest.raises(openai.NotFoundError):
             await caller.models.retrieve("gpt-9")
+        with pytest.raises(openai.BadRequestError):  # it writes the slash as %2F: docs/failures.md
+            await caller.models.retrieve("vendor/model")
     assert names == ["completer", "embedder", "model"]
     assert (one.id, one.owned_by) == ("model", "openai")

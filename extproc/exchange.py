@@ -713,7 +713,8 @@ class Exchange:
         )
         commands = self._finish(outcome, usage, source, meter.service_tier)
         # Who may have thought unseen teaches nothing, whether or not it says what it thought.
-        if not self._candidate.thinks and (lesson := meter.learnable()) is not None:
+        teaches = self._admitted.call.teaches and not self._candidate.thinks
+        if teaches and (lesson := meter.learnable()) is not None:
             commands.append(Learn(self._candidate.target, *lesson))
         return commands
 

@@ -162,7 +162,7 @@ class Call:
     encoding; `prompt_extra` is what the rest of the prompt may cost in tokens (images, message overhead).
     `web_searches` is how many may be billed; `thinks` whether it asks for thoughts or for none, where it says so;
     `unseen` whether the answer may hold what is billed and is no text: sound, pictures. A count of tokens is not
-    `billed`.
+    `billed`. `teaches`: what is counted of the answer is what is billed of it, so that the model's factor is learned.
     """
 
     model: str
@@ -178,6 +178,7 @@ class Call:
     thinks: bool | None = None
     unseen: bool = False
     billed: bool = True
+    teaches: bool = True
 
 
 @dataclass(frozen=True, slots=True)

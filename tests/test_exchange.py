@@ -1005,6 +1005,13 @@ def test_a_stream_teaches_the_factor() -> None:
     assert talk.one(Learn) == Learn(Target("openai", "gpt-4o"), 40, 44)
 
 
+def test_what_is_billed_beside_the_text_teaches_nothing() -> None:
+    """Or a caller could teach everybody's factor: a prediction that is wrong is billed, and not shown."""
+    talk = Talk().streaming(1_000, prediction={"type": "content", "content": "x"})
+    complete(talk, [*words(40), delta(finish="stop"), usage(9, 160), DONE])
+    assert not talk.all(Learn)
+
+
 def test_the_learned_factor_makes_the_running_count() -> None:
     talk = Talk(factor=lambda target: 2.0 if target == Target("openai", "gpt-4o") else 1.0).streaming(1_000)
     talk.chunk(delta(" one two three"))

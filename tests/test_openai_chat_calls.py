@@ -73,6 +73,8 @@ READ: dict[str, tuple[dict[str, Any], str, object]] = {
     "thoughts, OpenRouter's": ({"reasoning": {"max_tokens": 2_048, "exclude": True}}, "thinks", True),
     "thoughts, DeepSeek's": ({"thinking": {"type": "enabled"}}, "thinks", True),
     "no thoughts": ({"reasoning_effort": "none", "thinking": {"type": "disabled"}}, "thinks", None),
+    "a prediction": ({"prediction": {"type": "content", "content": "x"}}, "teaches", False),
+    "no prediction": ({}, "teaches", True),
     "sound": ({"modalities": ["text", "audio"]}, "unseen", True),
     "text": ({"modalities": ["text"]}, "unseen", False),
     "a function is no web search": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "web_searches", 0),

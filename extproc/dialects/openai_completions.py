@@ -52,7 +52,7 @@ class OpenAICompletions:
         prompts = read_inputs(body, "prompt", prompt)
         if (suffix := optional(body, "suffix", str)) is not None:
             prompt.texts.append(suffix)
-        optional(body, "echo", bool)
+        echo = optional(body, "echo", bool) or False
         choices, written = (positive(body, name, at_most=MAX_CHOICES) or 1 for name in ("n", "best_of"))
         stream = optional(body, "stream", bool) or False
         return Call(
@@ -66,6 +66,7 @@ class OpenAICompletions:
             service_tier=optional(body, "service_tier", str),
             web_searches=0,
             body=body,
+            teaches=not echo and written <= choices,
         )
 
     def upstream_body(self, call: Call, raw: bytes, model: str, cap: int | None) -> bytes:

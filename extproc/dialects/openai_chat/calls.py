@@ -113,6 +113,7 @@ class OpenAIChatCalls:
             body=body,
             thinks=_thinks(body),
             unseen="audio" in (optional(body, "modalities", list) or ()),
+            teaches=body.get("prediction") is None,  # what was predicted in vain is billed and not shown
         )
 
     def upstream_body(self, call: Call, raw: bytes, model: str, cap: int | None) -> bytes:

@@ -40,6 +40,8 @@ _ROUTING_FIELDS = frozenset(
 
 _OPTION_FIELDS = Names(("include_usage",))
 
+PDF = "application/pdf"
+
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 
 # OpenAI's codes in a stream's error events, which have no status of their own.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from extproc.dialects.anthropic import answers, errors, request_writer, requests
+from extproc.dialects.anthropic import answers, errors, request_reader, request_writer
 from extproc.dialects.anthropic.calls import AnthropicCalls, AnthropicCountTokens
 from extproc.dialects.anthropic.stream_writer import MessageWriter
 from extproc.dialects.anthropic.streams import MessageReader
@@ -38,7 +38,7 @@ class AnthropicMessages(AnthropicCalls):
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> Request:
         """A request that `read_call` has accepted. Raises BadRequest for what cannot be read, naming the field."""
-        return requests.read_request(body)
+        return request_reader.read_request(body)
 
     def write_request(self, request: Request, model: str, cap: int | None) -> bytes:
         """The body for a provider. Always bounded, since Anthropic demands it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.dialect import NO_ADDRESS, Address, Seed
-from extproc.dialects.gemini import answers, errors, requests
+from extproc.dialects.gemini import answers, errors, request_reader
 from extproc.dialects.gemini.calls import GeminiCalls, GeminiCountTokens
 from extproc.dialects.gemini.replies import StreamWriter, write_whole
 from extproc.dialects.gemini.upstream import write_request
@@ -19,12 +19,12 @@ __all__ = ["GeminiCountTokens", "GeminiGenerate"]
 class GeminiGenerate(GeminiCalls):
     """`ChatDialect` for Gemini. Stateless."""
 
-    cannot = requests.CANNOT
-    fields = requests.FIELDS
+    cannot = request_reader.CANNOT
+    fields = request_reader.FIELDS
     calls_come_whole = True
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:
-        return requests.read_request(body, address)
+        return request_reader.read_request(body, address)
 
     def write_request(self, request: form.Request, model: str, cap: int | None) -> bytes:
         return write_request(request, model, cap)

@@ -8,10 +8,10 @@ from typing import Any
 from extproc import form
 from extproc.dialects import openai_parts
 from extproc.dialects.dialect import NO_ADDRESS, Address, Seed
-from extproc.dialects.openai_chat import answers, request_writer, requests
+from extproc.dialects.openai_chat import answers, request_reader, request_writer
 from extproc.dialects.openai_chat.calls import OpenAIChatCalls
+from extproc.dialects.openai_chat.stream_reader import ChatStreamReader
 from extproc.dialects.openai_chat.stream_writer import ChatStreamWriter
-from extproc.dialects.openai_chat.streams import ChatStreamReader
 from extproc.errors import ProviderError
 
 __all__ = ["OpenAIChat"]
@@ -20,12 +20,12 @@ __all__ = ["OpenAIChat"]
 class OpenAIChat(OpenAIChatCalls):
     """The dialect: `ChatDialect`. Stateless."""
 
-    cannot = requests.CANNOT
-    fields = requests.FIELDS
+    cannot = request_reader.CANNOT
+    fields = request_reader.FIELDS
     calls_come_whole = False
 
     def read_request(self, body: Mapping[str, Any], address: Address = NO_ADDRESS) -> form.Request:
-        return requests.read_request(body)
+        return request_reader.read_request(body)
 
     def write_request(self, request: form.Request, model: str, cap: int | None) -> bytes:
         return request_writer.write_request(request, model, cap)

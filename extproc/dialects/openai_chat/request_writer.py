@@ -14,13 +14,12 @@ import orjson
 
 from extproc import form
 from extproc.dialects.openai_chat.thoughts import ORIGIN, entry_of
-from extproc.dialects.openai_parts import effort, thinks
+from extproc.dialects.openai_parts import PDF, effort, thinks
 from extproc.form import Choose, Output, Role
 
 _Fields = dict[str, Any]
 
 _ROLES = {Role.SYSTEM: "system", Role.DEVELOPER: "system", Role.USER: "user"}
-_PDF = "application/pdf"
 
 
 def write_request(request: form.Request, model: str, cap: int | None) -> bytes:
@@ -120,7 +119,7 @@ def _part(part: form.Part) -> _Fields | None:
             url = part.url or f"data:{part.media_type or 'image/png'};base64,{part.data}"
             return {"type": "image_url", "image_url": _given({"url": url, "detail": part.detail})}
         case form.Document(data=str(data)):
-            file_data = f"data:{part.media_type or _PDF};base64,{data}"
+            file_data = f"data:{part.media_type or PDF};base64,{data}"
             return {"type": "file", "file": {"filename": part.name or "document.pdf", "file_data": file_data}}
         case form.Audio():
             return {"type": "input_audio", "input_audio": {"data": part.data, "format": part.format}}

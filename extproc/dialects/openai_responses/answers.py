@@ -9,7 +9,7 @@ from typing import Any
 from extproc import form
 from extproc.dialects.dialect import Seed
 from extproc.dialects.fields import count, dicts, dumps, parse
-from extproc.dialects.openai_responses.requests import echo
+from extproc.dialects.openai_responses.request_writer import echo
 from extproc.dialects.openai_responses.thoughts import ITEM_PREFIX, encrypted, thinking
 from extproc.form import Finish
 from extproc.limits import MAX_JSON_DEPTH

@@ -1,17 +1,18 @@
-"""Requests of Responses, both ways, and what an answer repeats of its request."""
+"""A caller's request in Responses into the canonical form."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from extproc import form
-from extproc.dialects.fields import dumps, invalid, is_a, objects, optional, required, wrong_type
-from extproc.dialects.openai_parts import data_url, effort, thinks
+from extproc.dialects.fields import invalid, is_a, objects, optional, required, wrong_type
+from extproc.dialects.openai_parts import PDF, data_url
 from extproc.dialects.openai_responses.prompts import kind_of
-from extproc.dialects.openai_responses.thoughts import NAME, encrypted, thinking
+from extproc.dialects.openai_responses.request_writer import LOGPROBS
+from extproc.dialects.openai_responses.thoughts import thinking
 from extproc.form import Choose, Output, Role
 
 # fmt: off
@@ -25,11 +26,6 @@ _HINTS = frozenset((
     "safety_identifier", "service_tier", "stream_options", "background", "background_options", "max_tool_calls",
 ))
 # fmt: on
-_LOGPROBS = "message.output_text.logprobs"
-_ENCRYPTED = "reasoning.encrypted_content"
-_PDF = "application/pdf"
-
-# From a caller --------------------------------------------------------------------------------------------------------
 
 
 def read_request(body: Mapping[str, Any]) -> form.Request:
@@ -45,7 +41,7 @@ def read_request(body: Mapping[str, Any]) -> form.Request:
         cap=optional(body, "max_output_tokens", int),
         temperature=_number(body, "temperature"),
         top_p=_number(body, "top_p"),
-        logprobs=_LOGPROBS in (optional(body, "include", list) or ()),
+        logprobs=LOGPROBS in (optional(body, "include", list) or ()),
         top_logprobs=optional(body, "top_logprobs", int) or None,
         tools=tools,
         tool_choice=_tool_choice(body, extras),
@@ -149,7 +145,7 @@ def _document(part: dict[str, Any], where: str, cache_ttl: str | None) -> form.D
     if (url := optional(part, "file_url", str, where)) is not None:
         return form.Document(url=url, name=name, cache_ttl=cache_ttl)
     data = required(part, "file_data", str, where)
-    media_type, data = data_url(data) or (_PDF, data)
+    media_type, data = data_url(data) or (PDF, data)
     if not media_type.startswith("text/"):
         return form.Document(data=data, media_type=media_type, name=name, cache_ttl=cache_ttl)
     try:
@@ -237,175 +233,3 @@ def _reasoning(body: Mapping[str, Any], extras: list[str]) -> form.Reasoning | N
     if how_much is None and summary is None:
         return None
     return form.Reasoning(effort=how_much, visible=True if summary else None)
-
-
-# To a provider --------------------------------------------------------------------------------------------------------
-
-
-def write_request(request: form.Request, model: str, cap: int | None) -> bytes:
-    """The body for a provider. Nothing is stored there: thoughts are asked for encrypted, to come back with them."""
-    reasoning = _write_reasoning(request.reasoning, model)
-    will_think = reasoning is not None and reasoning.get("effort") != "none"
-    fields = {
-        "model": model,
-        "input": [item for message in request.messages for item in _items(message)],
-        "stream": request.stream or None,
-        "max_output_tokens": cap,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_logprobs": request.top_logprobs,
-        "include": [_LOGPROBS] * request.logprobs + [_ENCRYPTED] * will_think or None,
-        "tools": write_tools(request.tools) or None,
-        "tool_choice": write_tool_choice(request.tool_choice),
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "text": {"format": write_format(request.format)} if request.format else None,
-        "reasoning": reasoning,
-        "store": False,
-    }
-    return dumps({name: value for name, value in fields.items() if value is not None})
-
-
-def _items(message: form.Message) -> Iterator[dict[str, Any]]:
-    """The items of one message: what is neither text nor an image ends a run of content."""
-    content: list[dict[str, Any]] = []
-    for part in message.parts:
-        item = _write_item(part)
-        if item is None:
-            content += _write_content(part, message.role)
-            continue
-        yield from _message(message.role, content)
-        content = []
-        yield from item
-    yield from _message(message.role, content)
-
-
-def _message(role: Role, content: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    if content:
-        yield {"type": "message", "role": role.value, "content": content}
-
-
-def _write_item(part: form.Part) -> Sequence[dict[str, Any]] | None:
-    """What is an item of its own, None for the content of a message. Other dialects' thoughts are no item at all."""
-    match part:
-        case form.Thinking():
-            if part.origin != NAME or part.signature is None:
-                return ()
-            summary = [{"type": "summary_text", "text": part.text}] if part.text else []
-            return ({"type": "reasoning", "summary": summary, "encrypted_content": encrypted(part)},)
-        case form.ToolCall():
-            return ({"type": "function_call", "call_id": part.id, "name": part.name, "arguments": part.arguments},)
-        case form.ToolResult():
-            return ({"type": "function_call_output", "call_id": part.call_id, "output": _write_output(part)},)
-    return None
-
-
-def _write_output(result: form.ToolResult) -> str | list[dict[str, Any]]:
-    match result.parts:
-        case ():
-            return ""
-        case (form.Text(text=text),):
-            return text
-    return [written_part for part in result.parts for written_part in _write_content(part, Role.USER)]
-
-
-def _write_content(part: form.Part, role: Role) -> Iterator[dict[str, Any]]:
-    match part:
-        case form.Text():
-            yield {"type": "output_text" if role is Role.ASSISTANT else "input_text", "text": part.text}
-        case form.Refusal():
-            yield {"type": "refusal", "refusal": part.text}
-        case form.Image():
-            url = part.url or f"data:{part.media_type or 'image/png'};base64,{part.data}"
-            yield {"type": "input_image", "image_url": url, "detail": part.detail or "auto"}
-        case form.Document():
-            yield {"type": "input_file", **_write_file(part)}
-
-
-def _write_file(document: form.Document) -> dict[str, Any]:
-    """OpenAI wants a name beside data, and tells the kind of a file by it."""
-    if document.url is not None:
-        return {"file_url": document.url}
-    if document.text is not None:
-        data, media_type, name = base64.b64encode(document.text.encode()).decode(), "text/plain", "document.txt"
-    else:
-        data, media_type, name = document.data or "", document.media_type or _PDF, "document.pdf"
-    return {"filename": document.name or name, "file_data": f"data:{media_type};base64,{data}"}
-
-
-def _write_reasoning(reasoning: form.Reasoning | None, model: str) -> dict[str, Any] | None:
-    if reasoning is None or not thinks(model):
-        return None
-    fields = {"effort": effort(reasoning, model), "summary": "auto" if reasoning.visible else None}
-    return {name: value for name, value in fields.items() if value is not None} or None
-
-
-# Both, and what an answer repeats -------------------------------------------------------------------------------------
-
-
-def write_tools(tools: Sequence[form.Tool]) -> list[dict[str, Any]]:
-    """Here a function is strict unless it says otherwise, in the other dialects only if it says so."""
-    return [
-        {
-            "type": "function",
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.schema,
-            "strict": tool.strict or False,
-        }
-        for tool in tools
-    ]
-
-
-def write_tool_choice(choice: form.ToolChoice | None) -> str | dict[str, Any] | None:
-    if choice is None:
-        return None
-    if choice.choose is Choose.NAMED:
-        return {"type": "function", "name": choice.names[0]}
-    if not choice.names:
-        return choice.choose.value
-    allowed = [{"type": "function", "name": name} for name in choice.names]
-    return {"type": "allowed_tools", "mode": choice.choose.value, "tools": allowed}
-
-
-def write_format(given: form.Format) -> dict[str, Any]:
-    match given.output:
-        case Output.TEXT:
-            return {"type": "text"}
-        case Output.JSON:
-            return {"type": "json_object"}
-        case Output.SCHEMA:
-            fields = {"description": given.description, "strict": given.strict}
-            some = {name: value for name, value in fields.items() if value is not None}
-            return {"type": "json_schema", "name": given.name or "answer", "schema": given.schema, **some}
-
-
-def echo(request: form.Request) -> dict[str, Any]:
-    """What an answer repeats of its request, with OpenAI's defaults for what was not asked for."""
-    reasoning = request.reasoning or form.Reasoning()
-    return {
-        "background": False,
-        "instructions": _instructions(request),
-        "max_output_tokens": request.cap,
-        "max_tool_calls": None,
-        "metadata": {},
-        "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "previous_response_id": None,
-        "reasoning": {"effort": reasoning.effort, "summary": "auto" if reasoning.visible else None},
-        "store": False,
-        "temperature": 1.0 if request.temperature is None else request.temperature,
-        "text": {"format": write_format(request.format or form.Format(Output.TEXT))},
-        "tool_choice": write_tool_choice(request.tool_choice) or "auto",
-        "tools": write_tools(request.tools),
-        "top_logprobs": request.top_logprobs or 0,
-        "top_p": 1.0 if request.top_p is None else request.top_p,
-        "truncation": "disabled",
-        "user": None,
-    }
-
-
-def _instructions(request: form.Request) -> str | None:
-    """Where they were not a message of the input, they are the first one."""
-    for message in request.messages[:1]:
-        if message.role is Role.SYSTEM:
-            return "\n\n".join(part.text for part in message.parts if isinstance(part, form.Text))
-    return None

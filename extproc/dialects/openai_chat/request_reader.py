@@ -11,7 +11,7 @@ from extproc import form
 from extproc.dialects.fields import invalid, is_a, objects, optional, positive, required, wrong_type
 from extproc.dialects.openai_chat.calls import read_cap
 from extproc.dialects.openai_chat.thoughts import thoughts_of_caller
-from extproc.dialects.openai_parts import data_url
+from extproc.dialects.openai_parts import PDF, data_url
 from extproc.form import Choose, Feature, Output, Role
 from extproc.limits import MAX_CHOICES
 
@@ -249,7 +249,7 @@ def _file(part: dict[str, Any], where: str, ttl: str | None) -> form.Part | None
     given, name = file["file_data"], optional(file, "filename", str, where + "file.")
     if given.startswith(("https://", "http://")):  # OpenRouter's
         return form.Document(url=given, name=name, cache_ttl=ttl)
-    media_type, data = data_url(given) or ("application/pdf", given)
+    media_type, data = data_url(given) or (PDF, given)
     if media_type != "text/plain":
         return form.Document(data=data, media_type=media_type, name=name, cache_ttl=ttl)
     try:

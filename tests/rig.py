@@ -239,7 +239,8 @@ class Rig:
         count: dict[str, int] = {}
         for processor in self.processors:
             for segment in sorted((processor.state_dir / "journal").glob("usage-*.jsonl")):
-                for line in segment.read_bytes().splitlines():
+                written, _, _ = segment.read_bytes().rpartition(b"\n")  # the last line may be on its way
+                for line in written.splitlines():
                     row = decode(line)
                     request_id = row.record.request_id
                     if not row.orphan:

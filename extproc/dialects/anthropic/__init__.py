@@ -8,8 +8,8 @@ from typing import Any
 
 from extproc.dialects.anthropic import answers, errors, request_reader, request_writer
 from extproc.dialects.anthropic.calls import AnthropicCalls, AnthropicCountTokens
+from extproc.dialects.anthropic.stream_reader import MessageReader
 from extproc.dialects.anthropic.stream_writer import MessageWriter
-from extproc.dialects.anthropic.streams import MessageReader
 from extproc.dialects.dialect import NO_ADDRESS, Address, Seed
 from extproc.errors import ProviderError
 from extproc.form import Answer, Feature, Request

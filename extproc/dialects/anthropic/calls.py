@@ -12,7 +12,7 @@ from extproc.dialects import pieces
 from extproc.dialects.anthropic.answers import read_message
 from extproc.dialects.anthropic.errors import render_error, render_error_event
 from extproc.dialects.anthropic.prompts import read_prompt, web_searches
-from extproc.dialects.anthropic.streams import MessageReader
+from extproc.dialects.anthropic.stream_reader import MessageReader
 from extproc.dialects.anthropic.thinking import MIN_BUDGET_TOKENS
 from extproc.dialects.dialect import NO_ADDRESS, Address
 from extproc.dialects.fields import Names, count, invalid, missing, optional, parse, spliced

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 from extproc.dialects import pieces
 from extproc.dialects.dialect import NO_ADDRESS, Address
 from extproc.dialects.fields import count, invalid, members, missing, optional, parse, positive, required, spliced
-from extproc.dialects.gemini.answers import StreamReader, read_whole
+from extproc.dialects.gemini.answers import read_whole
 from extproc.dialects.gemini.errors import render
 from extproc.dialects.gemini.names import Spelling, dumps, generation, message, messages, spelt
+from extproc.dialects.gemini.stream_reader import StreamReader
 from extproc.errors import BadRequest, TollgateError
 from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_MODEL_NAME_CHARS, MAX_TOKENS
 from extproc.records import Answer, Call, Piece, Usage

@@ -10,9 +10,9 @@ from extproc.dialects import openai_parts
 from extproc.dialects.dialect import NO_ADDRESS, Address, Seed, StreamReader, StreamWriter
 from extproc.dialects.openai_responses.answers import read_response, write_response
 from extproc.dialects.openai_responses.calls import OpenAIResponsesCalls
-from extproc.dialects.openai_responses.readers import ResponseReader
 from extproc.dialects.openai_responses.request_reader import read_request
 from extproc.dialects.openai_responses.request_writer import write_request
+from extproc.dialects.openai_responses.stream_reader import ResponseReader
 from extproc.dialects.openai_responses.stream_writer import ResponseWriter
 from extproc.errors import ProviderError
 from extproc.form import Feature

@@ -17,7 +17,7 @@ from extproc.dialects.openai_parts import model_name, refuse_routing
 from extproc.dialects.openai_responses.answers import read_response
 from extproc.dialects.openai_responses.errors import error_event
 from extproc.dialects.openai_responses.prompts import read_prompt, server_tool_calls, web_searches
-from extproc.dialects.openai_responses.readers import ResponseReader
+from extproc.dialects.openai_responses.stream_reader import ResponseReader
 from extproc.dialects.openai_responses.thoughts import is_foreign
 from extproc.errors import TollgateError
 from extproc.limits import MAX_TOKENS

@@ -1,4 +1,4 @@
-"""Anthropic's streams, both ways (https://platform.claude.com/docs/en/build-with-claude/streaming)."""
+"""A provider's stream of Anthropic's into the canonical form (https://platform.claude.com/docs/en/build-with-claude/streaming)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The canonical form into Gemini's answers: whole ones and streams, as server-sent events or as one JSON array.
+"""The canonical form into a stream of Gemini's, as server-sent events or as one JSON array.
 
 A call of a tool is one part, so that its arguments are gathered until its choice ends. The stream has no closing event:
 what ends it is the last event's finish reasons, which are written once all has come.
@@ -6,88 +6,18 @@ what ends it is the last event's finish reasons, which are written once all has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from extproc import form
 from extproc.dialects.dialect import Seed
 from extproc.dialects.gemini import errors, usage
+from extproc.dialects.gemini.answers import write_content, write_finish, write_logprobs
 from extproc.dialects.gemini.citations import write_grounding
 from extproc.dialects.gemini.names import OWN, dumps
-from extproc.dialects.gemini.parts import alone, signed, write_call, write_parts, write_thinking
+from extproc.dialects.gemini.parts import alone, signed, write_call, write_thinking
 from extproc.form import Finish
 from extproc.records import Usage
-
-_FINISH = {
-    Finish.STOP: "STOP",
-    Finish.STOP_SEQUENCE: "STOP",
-    Finish.TOOL_CALLS: "STOP",
-    Finish.LENGTH: "MAX_TOKENS",
-    Finish.CONTENT_FILTER: "SAFETY",
-    Finish.REFUSAL: "SAFETY",
-    Finish.PAUSE: "OTHER",
-    Finish.ERROR: "OTHER",
-}
-_MALFORMED = "MALFORMED_FUNCTION_CALL"
-
-
-def write_whole(answer: form.Answer, seed: Seed) -> bytes:
-    """The body for a caller."""
-    written: dict[str, Any] = {"candidates": [_candidate(choice) for choice in answer.choices]}
-    if answer.usage is not None:
-        written["usageMetadata"] = usage.write(answer.usage, answer.service_tier)
-    written["modelVersion"] = answer.model or seed.request.model
-    written["responseId"] = answer.id or seed.request_id
-    return dumps(written)
-
-
-def _candidate(choice: form.Choice) -> dict[str, Any]:
-    texts = [part for part in choice.parts if isinstance(part, form.Text)]
-    only = texts[0].text if len(texts) == 1 else ""
-    cited = [(citation, only) for text in texts for citation in text.citations]
-    malformed = [
-        part
-        for part in choice.parts
-        if isinstance(part, form.ToolCall) and write_call(part.id, part.name, part.arguments) is None
-    ]
-    return {
-        "content": _content(write_parts(choice.parts)),
-        **_finish(choice.finish, [(call.name, call.arguments) for call in malformed]),
-        "index": choice.index,
-        **write_grounding(cited),
-        **_logprobs(choice.logprobs),
-    }
-
-
-def _content(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Google's clients want a part in every content."""
-    return {"parts": parts or [{"text": ""}], "role": "model"}
-
-
-def _finish(finish: Finish | None, malformed: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A call that is no JSON has its words in the message, as Google does it, so that none that is billed is lost."""
-    message = "".join(f"Malformed function call: {name}({arguments})" for name, arguments in malformed)
-    if finish is None:
-        return {}
-    if message:
-        return {"finishReason": "MAX_TOKENS" if finish is Finish.LENGTH else _MALFORMED, "finishMessage": message}
-    return {"finishReason": _FINISH[finish]}
-
-
-def _logprobs(tokens: Iterable[form.TokenLogprob]) -> dict[str, Any]:
-    chosen = [_token(token) for token in tokens]
-    if not chosen:
-        return {}
-    likeliest = [{"candidates": [_token(one) for one in token.top]} for token in tokens]
-    return {"logprobsResult": {"chosenCandidates": chosen, "topCandidates": likeliest}}
-
-
-def _token(token: form.TokenLogprob) -> dict[str, Any]:
-    return {"token": token.token, "logProbability": token.logprob}
-
-
-# Streams --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -191,7 +121,7 @@ class StreamWriter:
         if not parts:
             return b""
         choice = self._choice(index)
-        candidate = {"content": _content(parts), "index": index, **_logprobs(choice.logprobs)}
+        candidate = {"content": write_content(parts), "index": index, **write_logprobs(choice.logprobs)}
         choice.logprobs = []
         return self._event({"candidates": [candidate]})
 
@@ -232,11 +162,11 @@ class StreamWriter:
     def _last(self, index: int, choice: _Choice) -> dict[str, Any]:
         text = "".join(choice.text)
         return {
-            "content": _content([signed({"text": ""}, choice.signature)]),
-            **_finish(choice.finish or Finish.STOP, choice.malformed),
+            "content": write_content([signed({"text": ""}, choice.signature)]),
+            **write_finish(choice.finish or Finish.STOP, choice.malformed),
             "index": index,
             **write_grounding([(citation, text) for citation in choice.citations]),
-            **_logprobs(choice.logprobs),
+            **write_logprobs(choice.logprobs),
         }
 
     def _fail(self, event: form.Failed) -> bytes:

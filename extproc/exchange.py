@@ -103,7 +103,6 @@ ROUTE_HEADER = "x-tollgate-internal-route"
 FIRST_BYTE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"  # how long an attempt may take to begin its answer
 PROVIDER_HEADER = "x-tollgate-internal-provider"  # on answers: whose endpoint Envoy asked last
 ATTEMPTS_HEADER = "x-envoy-attempt-count"
-FLAGS_HEADER = "x-tollgate-internal-flags"  # on replies that Envoy makes itself: why (its access log's RESPONSE_FLAGS)
 # The reasons by which a provider had the request, and may have written an answer that never came.
 _LOST_ANSWER = frozenset({"UC", "UR", "UT", "UPE", "SI"})
 CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before there was a status
@@ -495,7 +494,7 @@ class Exchange:
     def _begin_failure(self, event: ResponseHeaders) -> list[Command]:
         """An error's body is kept back until it is whole, so that no secret passes in two halves."""
         self._state = State.FAILING
-        self._lost = not _LOST_ANSWER.isdisjoint(dict(event.headers).get(FLAGS_HEADER, "").split(","))
+        self._lost = not _LOST_ANSWER.isdisjoint(dict(event.headers).get(headers.FLAGS, "").split(","))
         removed = (*self._kept_back(event.headers), "content-length")
         commands: list[Command] = [ContinueResponse(set_headers=(self._own_id(),), remove_headers=removed)]
         if event.end:

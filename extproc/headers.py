@@ -12,6 +12,10 @@ from extproc.errors import BadRequest, TollgateError, Unauthenticated, Unsupport
 USER = "x-tollgate-user"
 PROVIDER = "x-llm-provider"
 
+# On replies that Envoy makes itself, or a target: why (the access log's RESPONSE_FLAGS). No caller and no provider sees
+# or sets it.
+FLAGS = "x-tollgate-internal-flags"
+
 # Envoy's own framing of the message (RFC 9112, 6). Only Envoy can change it.
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 

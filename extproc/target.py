@@ -22,7 +22,7 @@ import orjson
 from extproc import headers
 from extproc.dialects import CHAT, DIALECTS
 from extproc.dialects.dialect import Dialect, Seed
-from extproc.dialects.fields import renamed, spliced
+from extproc.dialects.fields import parse, renamed, spliced
 from extproc.errors import ProtocolViolation, ProviderError, StreamTooLarge, TollgateError
 from extproc.events import (
     AwaitMore,
@@ -52,6 +52,7 @@ from extproc.translation import Translation, chat_of
 
 _JSON = ("content-type", "application/json")
 _SSE = ("content-type", "text/event-stream; charset=utf-8")
+_LOST = (headers.FLAGS, "UPE")  # Envoy's flag for a provider that broke the protocol
 _ATTEMPT = "x-envoy-attempt-count"
 
 
@@ -296,14 +297,27 @@ class Attempt:
         """A whole answer is held back until its end. Its headers are gone by then: what cannot be read is a reset."""
         self._held += event.body
         if len(self._held) > MAX_ANSWER_BYTES:
-            return self._reply(502, "answer_too_large")
+            return self._lose("answer_too_large")
         if not event.end:
             return [ForwardChunk(b"")]
         self._state = State.DONE
         try:
             return [ForwardChunk(self._translation.whole(bytes(self._held)))]
         except ValueError:
-            return self._reply(502, "unreadable_answer")
+            return self._refuse_to_pass(bytes(self._held))
+
+    def _refuse_to_pass(self, body: bytes) -> list[Command]:
+        """An error that came as a success is no answer, and not billed. Whatever else it is may be."""
+        said = parse(body)
+        if not isinstance(said, dict) or not said.get("error"):
+            return self._lose("unreadable_answer")
+        return self._reply(502, "error_as_answer", self._translation.error(502, body))
+
+    def _lose(self, details: str) -> list[Command]:
+        """The provider has answered, and the caller gets nothing of it: for the gate it was lost."""
+        self._state = State.DONE
+        error = ProviderError("The provider's answer cannot be read.", status=502)
+        return [Reply(502, (_JSON, _LOST), self._caller.render_error(error), details)]
 
     def _on_error_piece(self, event: ResponseBody) -> list[Command]:
         self._held += event.body[: MAX_ERROR_BYTES - len(self._held)]
@@ -329,7 +343,7 @@ class Attempt:
     def _on_trailers(self, event: ResponseTrailers) -> list[Command]:
         """Too late to add to the body: a stream has its closing event by now, or the gate sees that it lacks."""
         if self._state in (State.WHOLE, State.FAILING):
-            return self._reply(502, "answer_in_trailers")
+            return self._lose("answer_in_trailers")
         begun = self._begin_late() if self._state is State.WAITING else []
         self._state = State.DONE
         return [*begun, DropTrailers(event.names)]

@@ -37,8 +37,8 @@ from extproc.events import (
     TimerFired,
     WriteRecord,
 )
-from extproc.exchange import FLAGS_HEADER, TRANSITIONS, State
-from extproc.headers import CALLERS_ONLY
+from extproc.exchange import TRANSITIONS, State
+from extproc.headers import CALLERS_ONLY, FLAGS
 from extproc.itinerary import Itinerary
 from extproc.pricing import PriceBook
 from extproc.records import (
@@ -1169,7 +1169,7 @@ def test_an_answer_above_its_bound_is_passed_on_and_billed_by_its_beginning() ->
 def test_an_answer_that_was_lost_on_its_way_is_billed_by_the_time_it_took(flags: str, tokens: int) -> None:
     talk = Talk().sent(1_000, max_tokens=500)
     talk.tick(1_000)
-    talk.answered(504, ((FLAGS_HEADER, flags), *JSON))
+    talk.answered(504, ((FLAGS, flags), *JSON))
     talk.chunk(b"{}", end=True)
     assert talk.settlement.actual == (cost(tokens) if tokens else Amount(0, 0))
     assert talk.record.outcome is Outcome.UPSTREAM_ERROR
@@ -1635,8 +1635,8 @@ def test_a_count_of_tokens_is_held_for_with_nothing() -> None:
 @pytest.mark.parametrize("header", ["authorization", "x-api-key"])
 def test_a_token_may_come_where_official_clients_put_a_key(header: str) -> None:
     talk = Talk()
-    given = {"authorization": "" if header == "x-api-key" else TOKEN}
-    talk.ask(("x-api-key", TOKEN.removeprefix("Bearer ")), **given)
+    authorization = "" if header == "x-api-key" else TOKEN
+    talk.ask(("x-api-key", TOKEN.removeprefix("Bearer ")), authorization=authorization)
     assert talk.callers.asked == [((TOKEN,), None)]
 
 

@@ -350,10 +350,25 @@ def test_a_whole_answer_waits_for_its_end() -> None:
     assert (written["object"], written["choices"][0]["message"]["content"]) == ("chat.completion", "Hi.")
 
 
-def test_an_answer_that_cannot_be_read_is_a_reset() -> None:
+def test_an_answer_that_cannot_be_read_is_lost() -> None:
+    """The gate is told, since the provider may bill for it."""
     attempt = begun("anthropic", itinerary(CLAUDE))
     answer(attempt, 200, JSON)
-    assert attempt.handle(ResponseBody(b"<html>", True)) == [Reply(502, details="unreadable_answer")]
+    (reply,) = attempt.handle(ResponseBody(b"<html>", True))
+    assert isinstance(reply, Reply)
+    assert (reply.status, reply.details) == (502, "unreadable_answer")
+    assert ("x-tollgate-internal-flags", "UPE") in reply.headers
+    assert orjson.loads(reply.body)["error"]["message"]
+
+
+def test_an_error_that_came_as_a_success_is_an_error() -> None:
+    attempt = begun("anthropic", itinerary(CLAUDE))
+    answer(attempt, 200, JSON)
+    body = orjson.dumps({"type": "error", "error": {"type": "api_error", "message": "It broke."}})
+    (reply,) = attempt.handle(ResponseBody(body, True))
+    assert isinstance(reply, Reply)
+    assert (reply.status, reply.headers) == (502, (JSON,))
+    assert orjson.loads(reply.body)["error"]["message"] == "It broke."
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -389,7 +404,9 @@ def test_trailers_end_a_stream_and_break_a_whole_answer() -> None:
     assert stream.handle(ResponseTrailers(("x",))) == [DropTrailers(("x",))]
     whole = begun("anthropic", itinerary(CLAUDE))
     answer(whole, 200, JSON)
-    assert whole.handle(ResponseTrailers(("x",))) == [Reply(502, details="answer_in_trailers")]
+    (reply,) = whole.handle(ResponseTrailers(("x",)))
+    assert isinstance(reply, Reply)
+    assert reply.details == "answer_in_trailers"
 
 
 def test_an_array_for_a_caller_whose_provider_streams_events() -> None:

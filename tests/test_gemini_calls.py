@@ -9,8 +9,7 @@ import pytest
 
 from extproc import limits
 from extproc.dialects.dialect import Address, Dialect
-from extproc.dialects.gemini import GeminiCountTokens, GeminiGenerate
-from extproc.dialects.gemini import calls as dialect
+from extproc.dialects.gemini import GeminiCountTokens, GeminiGenerate, prompts
 from extproc.errors import BadRequest, BudgetExhausted
 from extproc.jsonarray import last_element
 from extproc.metering import count_texts
@@ -50,7 +49,7 @@ def test_a_plain_call() -> None:
     assert (call.model, call.stream, call.wants_usage, call.choices, call.cap) == (MODEL, True, True, 1, None)
     assert (call.service_tier, call.web_searches, call.thinks, call.unseen, call.billed) == (None, 0, None, False, True)
     assert call.prompt_texts == ("Hello",)
-    assert call.prompt_extra == dialect.CONTENT_TOKENS
+    assert call.prompt_extra == prompts.CONTENT_TOKENS
 
 
 READ: dict[str, tuple[dict[str, Any], str, object]] = {
@@ -83,8 +82,8 @@ def test_read(body: dict[str, Any], name: str, expected: object) -> None:
 
 
 def test_each_search_of_newer_models_is_held_for() -> None:
-    assert read(request(tools=[{"googleSearch": {}}]), "gemini-3.5-flash").web_searches == dialect.SEARCHES
-    assert read(request(tools=[{"googleSearch": {}}]), "gemini-flash-latest").web_searches == dialect.SEARCHES
+    assert read(request(tools=[{"googleSearch": {}}]), "gemini-3.5-flash").web_searches == prompts.SEARCHES
+    assert read(request(tools=[{"googleSearch": {}}]), "gemini-flash-latest").web_searches == prompts.SEARCHES
 
 
 def test_models_that_answer_in_pictures_or_sound_need_not_be_asked() -> None:
@@ -119,24 +118,24 @@ def blob(kind: str, size_bytes: int, **more: Any) -> dict[str, Any]:
 
 PICTURE = {"fileUri": "https://example.org/a.png", "mimeType": "image/png"}
 EXTRAS: dict[str, tuple[dict[str, Any], int]] = {
-    "a turn": (request(contents=[HELLO, HELLO]), dialect.CONTENT_TOKENS),
+    "a turn": (request(contents=[HELLO, HELLO]), prompts.CONTENT_TOKENS),
     "digits": (with_part(text="1234567890"), 7),
     "text": (with_part(text="a" * 100), 5),
-    "image": (blob("image/png", 300), dialect.IMAGE_TOKENS),
-    "image, in capitals": (blob("IMAGE/PNG", 300), dialect.IMAGE_TOKENS),
-    "image by address": (with_part(fileData=PICTURE), dialect.IMAGE_TOKENS),
+    "image": (blob("image/png", 300), prompts.IMAGE_TOKENS),
+    "image, in capitals": (blob("IMAGE/PNG", 300), prompts.IMAGE_TOKENS),
+    "image by address": (with_part(fileData=PICTURE), prompts.IMAGE_TOKENS),
     "image in a response": (
         with_part(functionResponse={"name": "", "parts": [{"inlineData": {"mimeType": "image/png", "data": ""}}]}),
-        dialect.IMAGE_TOKENS,
+        prompts.IMAGE_TOKENS,
     ),
-    "audio": (blob("audio/wav", 3_100 * 3), dialect.AUDIO_TOKENS + 300),
-    "video": (blob("video/mp4", 3_900), dialect.VIDEO_TOKENS + 300),
-    "video, more frames": (blob("video/mp4", 3_900, videoMetadata={"fps": 2}), dialect.VIDEO_TOKENS + 600),
-    "video, fewer frames": (blob("video/mp4", 3_900, videoMetadata={"fps": 0.1}), dialect.VIDEO_TOKENS + 300),
-    "PDF": (blob("application/pdf", 3_000), dialect.FILE_TOKENS + 3_000),
-    "a large PDF": (blob("application/pdf", 3_000_000), dialect.LARGEST_CONTEXT_TOKENS),
+    "audio": (blob("audio/wav", 3_100 * 3), prompts.AUDIO_TOKENS + 300),
+    "video": (blob("video/mp4", 3_900), prompts.VIDEO_TOKENS + 300),
+    "video, more frames": (blob("video/mp4", 3_900, videoMetadata={"fps": 2}), prompts.VIDEO_TOKENS + 600),
+    "video, fewer frames": (blob("video/mp4", 3_900, videoMetadata={"fps": 0.1}), prompts.VIDEO_TOKENS + 300),
+    "PDF": (blob("application/pdf", 3_000), prompts.FILE_TOKENS + 3_000),
+    "a large PDF": (blob("application/pdf", 3_000_000), prompts.LARGEST_CONTEXT_TOKENS),
     "a signature": (with_part(thoughtSignature="x" * 40), 10),
-    "a tool of Google's": (request(tools=[{"codeExecution": {}}]), dialect.SERVER_TOOL_TOKENS),
+    "a tool of Google's": (request(tools=[{"codeExecution": {}}]), prompts.SERVER_TOOL_TOKENS),
 }
 
 
@@ -279,7 +278,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize(("address", "public"), ADDRESSES.items(), ids=ADDRESSES)
 def test_public_addresses(address: str, public: bool) -> None:
-    assert dialect.is_public(address) == public
+    assert prompts.is_public(address) == public
 
 
 # What is sent on ------------------------------------------------------------------------------------------------------

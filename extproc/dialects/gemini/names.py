@@ -82,3 +82,63 @@ def dumps(value: object) -> bytes:
         return fields.dumps(value)
     except RecursionError:
         return b"null"
+
+
+# The messages that are read here, by the fields that decide something -------------------------------------------------
+
+BODY = Spelling(
+    "model",
+    "contents",
+    "systemInstruction",
+    "tools",
+    "toolConfig",
+    "generationConfig",
+    "cachedContent",
+    "serviceTier",
+    "safetySettings",
+    "generateContentRequest",
+)
+CONFIG = Spelling(
+    "candidateCount",
+    "maxOutputTokens",
+    "temperature",
+    "topP",
+    "topK",
+    "stopSequences",
+    "seed",
+    "presencePenalty",
+    "frequencyPenalty",
+    "responseLogprobs",
+    "logprobs",
+    "responseMimeType",
+    "responseSchema",
+    "responseJsonSchema",
+    "responseModalities",
+    "responseFormat",
+    "thinkingConfig",
+    "routingConfig",
+    "modelSelectionConfig",
+    "modelConfig",
+)
+THINKING = Spelling("includeThoughts", "thinkingBudget", "thinkingLevel")
+CONTENT = Spelling("role", "parts")
+PART = Spelling(
+    "text",
+    "inlineData",
+    "fileData",
+    "functionCall",
+    "functionResponse",
+    "executableCode",
+    "codeExecutionResult",
+    "toolCall",
+    "toolResponse",
+    "thought",
+    "thoughtSignature",
+    "videoMetadata",
+    "mediaResolution",
+    "partMetadata",
+)
+BLOB = Spelling("mimeType", "data", "displayName")
+FILE = Spelling("mimeType", "fileUri", "displayName")
+FUNCTION_RESPONSE = Spelling("id", "name", "response", "parts", "willContinue", "scheduling")
+TOOL = Spelling("functionDeclarations", "fileSearch", "retrieval", "googleSearch", "googleSearchRetrieval")

@@ -12,9 +12,21 @@ from typing import Any
 from extproc import form
 from extproc.dialects.dialect import Address
 from extproc.dialects.fields import invalid, missing, optional, required, wrong_type
-from extproc.dialects.gemini import calls
-from extproc.dialects.gemini.calls import BLOB, BODY, CONTENT, FILE, FUNCTION_RESPONSE, PART, read_config
-from extproc.dialects.gemini.names import Spelling, dumps, message, messages
+from extproc.dialects.gemini.calls import asks_for_media, read_config
+from extproc.dialects.gemini.names import (
+    BLOB,
+    BODY,
+    CONTENT,
+    FILE,
+    FUNCTION_RESPONSE,
+    PART,
+    THINKING,
+    TOOL,
+    Spelling,
+    dumps,
+    message,
+    messages,
+)
 from extproc.dialects.gemini.parts import joined, read_part
 from extproc.dialects.gemini.schemas import to_json_schema
 from extproc.form import Choose, Feature, Output, Role
@@ -114,7 +126,7 @@ def _unplaced(fields: Mapping[str, Any], placed: frozenset[str], where: str) -> 
 
 def _text_only(config: Mapping[str, Any]) -> frozenset[str]:
     """Text is what every dialect answers with."""
-    return frozenset() if calls.asks_for_media(config) else frozenset({"responseModalities"})
+    return frozenset() if asks_for_media(config) else frozenset({"responseModalities"})
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
@@ -293,7 +305,7 @@ def _whole_number(config: Mapping[str, Any], name: str) -> int | None:
 
 def _tools(fields: Mapping[str, Any], extras: list[str]) -> Iterator[form.Tool]:
     for i, given in enumerate(messages(fields, "tools")):
-        tool = calls.TOOL.read(given, f"tools[{i}].")
+        tool = TOOL.read(given, f"tools[{i}].")
         extras += _unplaced(tool, frozenset({"functionDeclarations"}), f"tools[{i}].")
         for j, declared in enumerate(messages(tool, "functionDeclarations", f"tools[{i}].")):
             where = f"tools[{i}].functionDeclarations[{j}]."
@@ -349,7 +361,7 @@ def _format(config: Mapping[str, Any], extras: list[str]) -> form.Format | None:
 
 def _reasoning(config: Mapping[str, Any]) -> form.Reasoning | None:
     where = _CONFIG + "thinkingConfig."
-    thinking = message(config, "thinkingConfig", calls.THINKING, _CONFIG)
+    thinking = message(config, "thinkingConfig", THINKING, _CONFIG)
     level = (optional(thinking, "thinkingLevel", str, where) or "").lower().removeprefix("thinking_level_")
     budget = optional(thinking, "thinkingBudget", int, where)
     if level not in ("", "unspecified") and level not in _LEVELS:

@@ -10,9 +10,9 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.fields import parse
-from extproc.dialects.gemini.calls import is_public
 from extproc.dialects.gemini.names import OWN, dumps, generation
 from extproc.dialects.gemini.parts import write_parts
+from extproc.dialects.gemini.prompts import is_public
 from extproc.errors import BadRequest
 from extproc.form import Choose, Output, Role
 

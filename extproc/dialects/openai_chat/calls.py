@@ -14,38 +14,24 @@ from extproc.dialects.fields import (
     Names,
     count,
     dicts,
-    invalid,
-    objects,
     optional,
     parse,
     positive,
-    required,
     spliced,
-    wrong_type,
 )
+from extproc.dialects.openai_chat.prompts import read_prompt
 from extproc.dialects.openai_parts import (
-    MESSAGE_TOKENS,
-    NAME_TOKENS,
-    REPLY_TOKENS,
-    TOOLS_TOKENS,
-    Prompt,
-    audio_tokens,
-    file_tokens,
-    image_tokens,
     model_name,
-    prompt_for,
     refuse_routing,
     render_error,
     wants_usage,
     with_usage,
 )
 from extproc.errors import BadRequest, TollgateError
-from extproc.limits import MAX_CHOICES, MAX_MESSAGES, MAX_TOKENS
+from extproc.limits import MAX_CHOICES, MAX_TOKENS
 from extproc.records import Answer, Call, Piece, Usage
 
 CAP_FIELDS = ("max_completion_tokens", "max_tokens")
-
-EARLIER_AUDIO_TOKENS = 16_384  # an answer kept at the provider: as long as any audio model's answer may be
 
 # The fields that decide what a call costs.
 # fmt: off
@@ -75,8 +61,6 @@ _NO_THOUGHTS: tuple[object, ...] = (
     {"enable_thinking": False},
     {"thinking": False},
 )
-_MESSAGE_FIELDS = Names(("role", "content", "name", "tool_calls", "function_call", "refusal", "audio"))
-_PART_FIELDS = Names(("type", "text", "refusal", "image_url", "input_audio", "file"))
 
 PLAIN_FIELDS = frozenset(
     ("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "obfuscation")
@@ -97,9 +81,7 @@ class OpenAIChatCalls:
         refuse_routing(body)
         model = model_name(body)
         stream = optional(body, "stream", bool) or False
-        prompt = prompt_for(model, REPLY_TOKENS)
-        _read_messages(body, prompt)
-        _read_definitions(body, prompt)
+        prompt = read_prompt(body, model)
         return Call(
             model=model,
             stream=stream,
@@ -207,7 +189,7 @@ def _plain_delta(event: dict[str, Any]) -> Piece | None:
     return Piece((text,) if text else (), started=(index,), service_tier=service_tier_of(event))
 
 
-# Requests: the fields -------------------------------------------------------------------------------------------------
+# Requests -------------------------------------------------------------------------------------------------------------
 
 
 def read_cap(body: Mapping[str, Any]) -> int | None:
@@ -233,95 +215,6 @@ def _searches_web(body: Mapping[str, Any], model: str) -> bool:
     asked = optional(body, "web_search_options", dict) is not None
     offered = any("search" in str(tool.get("type")) for tool in body.get("tools") or ())
     return asked or offered or "-search" in model
-
-
-# Requests: the prompt -------------------------------------------------------------------------------------------------
-
-
-def _read_messages(body: Mapping[str, Any], prompt: Prompt) -> None:
-    messages = objects(required(body, "messages", list), "messages")
-    if not messages:
-        raise invalid("messages", "empty array. Expected an array with minimum length 1", "empty_array")
-    if len(messages) > MAX_MESSAGES:
-        problem = f"array too long. Expected an array with maximum length {MAX_MESSAGES}"
-        raise invalid("messages", problem, "array_above_max_length")
-    for i, message in enumerate(messages):
-        _read_message(message, f"messages[{i}].", prompt)
-
-
-def _read_message(message: dict[str, Any], where: str, prompt: Prompt) -> None:
-    """Everything in a message is prompt: histories carry tool calls, refusals, reasoning, and more to come."""
-    _MESSAGE_FIELDS.refuse_misspelt(message, where)
-    prompt.texts.append(required(message, "role", str, where))
-    prompt.extra += MESSAGE_TOKENS
-    if optional(message, "name", str, where) is not None:
-        prompt.extra += NAME_TOKENS
-    if optional(message, "audio", dict, where) is not None:
-        prompt.extra += EARLIER_AUDIO_TOKENS
-    objects(optional(message, "tool_calls", list, where) or [], where + "tool_calls")
-    for name, value in message.items():
-        if name == "content":
-            _read_content(value, where + name, prompt)
-        elif isinstance(value, str) and name != "role":
-            prompt.texts.append(value)
-        elif isinstance(value, (dict, list)):
-            prompt.add_json(value)
-
-
-def _read_content(content: object, where: str, prompt: Prompt) -> None:
-    if isinstance(content, str):
-        prompt.texts.append(content)
-    elif isinstance(content, list):
-        for i, part in enumerate(objects(content, where)):
-            _read_part(part, f"{where}[{i}].", prompt)
-    elif content is not None:
-        raise wrong_type(where, "one of a string or array of objects", content)
-
-
-def _read_part(part: dict[str, Any], where: str, prompt: Prompt) -> None:
-    """One part of a content. A type whose cost is unknown is refused: what cannot be held for is not sent."""
-    _PART_FIELDS.refuse_misspelt(part, where)
-    kind = required(part, "type", str, where)
-    if kind in ("text", "refusal"):
-        prompt.texts.append(required(part, kind, str, where))
-    elif kind == "image_url":
-        prompt.extra += image_tokens(_unwrapped(part, kind, where, "url"), f"{where}{kind}.", prompt)
-    elif kind == "input_audio":
-        prompt.extra += audio_tokens(_unwrapped(part, kind, where, "data")["data"])
-    elif kind == "file":
-        prompt.extra += file_tokens(_file_data(required(part, kind, dict, where), where + kind))
-    else:
-        raise invalid(where + "type", "expected one of 'text', 'image_url', 'input_audio', 'file' and 'refusal'")
-
-
-def _unwrapped(part: dict[str, Any], kind: str, where: str, name: str) -> dict[str, Any]:
-    """Mistral takes the bare string for `{name: string}` too."""
-    value = part.get(kind)
-    wrapped: dict[str, Any] = {name: value} if isinstance(value, str) else required(part, kind, dict, where)
-    required(wrapped, name, str, f"{where}{kind}.")
-    return wrapped
-
-
-def _file_data(file: dict[str, Any], where: str) -> str:
-    """A file given by id lies at the provider, of unknown size and unknown owner."""
-    if "file_data" not in file:
-        raise invalid(where, "files are accepted as 'file_data' only, since the cost of a stored file is not known")
-    data: str = required(file, "file_data", str, where + ".")
-    return data
-
-
-def _read_definitions(body: Mapping[str, Any], prompt: Prompt) -> None:
-    """Tools, schemas and predictions: the provider writes them into the prompt in a form of its own, never longer."""
-    for name in ("tools", "functions"):
-        if definitions := optional(body, name, list):
-            prompt.extra += TOOLS_TOKENS
-            prompt.add_json(objects(definitions, name))
-    for name in ("response_format", "prediction"):
-        if (definition := optional(body, name, dict)) is not None:
-            prompt.add_json(definition)
-    for name in ("tool_choice", "function_call"):
-        if isinstance(body.get(name), dict):
-            prompt.add_json(body[name])
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

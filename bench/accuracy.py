@@ -320,7 +320,8 @@ def _page(found: Accuracy) -> list[str]:
         "## No starting factor but the median of the half that is learned from",
         "",
         "The starting factors in `extproc/metering.py` come from these same recordings (but for Claude's newer "
-        "models': 30% more, as Anthropic says). Without them, a family that the other half does not have is counted as it is.",
+        "models': 30% more, as Anthropic says). Without them, a family that the other half does not have is counted as "
+        "it is.",
         "",
         *_table(found.figures[UNKNOWN]),
         "",

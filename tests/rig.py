@@ -337,12 +337,16 @@ async def running(
     processors: int = 1,
     environment: Mapping[str, str] | None = None,
     base_url: Callable[[ScriptedProvider], str] | None = None,
+    base_urls: Mapping[str, str] | None = None,
     providers: tuple[str, ...] = ("openai",),
     places: Mapping[str, Any] | None = None,
     tls: Any = None,
     tune: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[Rig]:
-    """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration."""
+    """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration.
+
+    `base_urls` are of providers that are somebody else than the rig's own.
+    """
     scripts: dict[str, Callable[[Received], Script]] = {}
     played: list[tuple[Received, Script]] = []
 
@@ -366,6 +370,7 @@ async def running(
     urls = {name: _base_url(name, one) for name, one in scripted.items()}
     if base_url:
         urls["openai"] = base_url(scripted["openai"])
+    urls.update(base_urls or {})
     workers = []
     for number in range(processors):
         state_dir = directory / f"p{number}"

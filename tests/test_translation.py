@@ -15,9 +15,11 @@ import pytest
 
 from extproc import form
 from extproc.dialects import CHAT as DIALECTS
-from extproc.dialects.dialect import Address
-from extproc.errors import BadRequest, UpstreamFailure
+from extproc.dialects.dialect import Address, Seed
+from extproc.errors import BadRequest, ProviderError, UpstreamFailure
 from extproc.metering import StreamMeter
+from extproc.records import Usage
+from extproc.sse import SseParser
 from extproc.translation import Translation, refusal
 from tests.answers import (
     DIALECT_OF,
@@ -190,3 +192,27 @@ def within(outer: Any, step: str) -> list[Any]:
         return outer[int(step) : int(step) + 1] if step.isdecimal() else [i for one in outer for i in within(one, step)]
     spelt = {re.sub(r"_(.)", lambda found: found[1].upper(), name): value for name, value in outer.items()} | outer
     return [spelt[step]] if step in spelt else []
+
+
+# Figures of what broke off ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_what_was_reported_before_an_error_is_not_lost(name: str) -> None:
+    """The gate meters the caller's dialect, and the provider bills what it did until then."""
+    dialect = DIALECTS[name]
+    seed = Seed("6f1c2e", 1, form.NO_REQUEST)
+    reported = Usage(472, 9, cached_prompt=100, web_searches=0)
+    writer = dialect.stream_writer(seed)
+    events: list[form.StreamEvent] = [
+        form.Started("1", "m"),
+        form.TextDelta(0, "Hi."),
+        form.Used(reported),
+        form.Failed(ProviderError("It broke.", status=529)),
+    ]
+    body = b"".join(map(writer.write, events))
+    reader = dialect.stream_reader(seed)
+    said = [event for block in SseParser().feed(body) if block.data for event in reader.read(block.data)]
+    used = [event.usage for event in said if isinstance(event, form.Used)]
+    assert (used[-1].prompt, used[-1].completion, used[-1].cached_prompt) == (472, 9, 100)
+    assert isinstance(said[-1], form.Failed)

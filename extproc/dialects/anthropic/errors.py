@@ -57,9 +57,13 @@ def render_error(error: TollgateError) -> bytes:
     return orjson.dumps({"type": "error", "error": _fields(error)})
 
 
-def render_error_event(error: TollgateError) -> bytes:
-    """An event for which Anthropic's clients raise APIStatusError in the middle of a stream."""
-    return b"event: error\ndata: " + render_error(error) + b"\n\n"
+def render_error_event(error: TollgateError, usage: Mapping[str, object] | None = None) -> bytes:
+    """An event for which Anthropic's clients raise APIStatusError in the middle of a stream.
+
+    `usage`: the figures until then, which are billed all the same.
+    """
+    figures = {} if usage is None else {"usage": usage}
+    return b"event: error\ndata: " + orjson.dumps({"type": "error", "error": _fields(error), **figures}) + b"\n\n"
 
 
 def _fields(error: TollgateError) -> dict[str, object]:

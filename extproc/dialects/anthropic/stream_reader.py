@@ -116,14 +116,13 @@ class MessageReader:
             yield form.RefusalDelta(0, refusal)
         if (finish := finish_of(delta)) is not None:
             yield form.Finished(0, finish, _text(delta, "stop_sequence"))
-        self._keep_usage(event)
-        if isinstance(event.get("usage"), dict) and (usage := read_usage(self._usage)) is not None:
-            yield form.Used(usage, read_service_tier(self._usage))
+        yield from self._figures(event)
 
     def _message_stop(self, _: Mapping[str, Any]) -> _Events:
         yield form.Done()
 
     def _error(self, event: Mapping[str, Any]) -> _Events:
+        yield from self._figures(event)
         yield form.Failed(read_error_event(event))
 
     def _written(
@@ -138,6 +137,11 @@ class MessageReader:
         self._has_arguments = True
         run_there = is_run_there(self._block.get("type"))
         yield form.Unseen(json) if run_there else form.ToolArguments(0, max(0, self._calls - 1), json)
+
+    def _figures(self, event: Mapping[str, Any]) -> _Events:
+        self._keep_usage(event)
+        if isinstance(event.get("usage"), dict) and (usage := read_usage(self._usage)) is not None:
+            yield form.Used(usage, read_service_tier(self._usage))
 
     def _keep_usage(self, holder: Mapping[str, Any]) -> None:
         usage = holder.get("usage")

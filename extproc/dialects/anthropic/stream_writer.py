@@ -88,7 +88,7 @@ class MessageWriter:
 
     def _fail(self, event: form.Failed) -> bytes:
         self._ended = True
-        return render_error_event(event.error)
+        return render_error_event(event.error, self._used and write_usage(self._used.usage, self._tier))
 
     def _stop(self, _: form.Done) -> bytes:
         last = self._message_delta()

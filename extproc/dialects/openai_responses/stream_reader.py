@@ -84,6 +84,8 @@ class ResponseReader:
         kind = event.get("type")
         if kind == "error" or (kind is None and event.get("error")):
             self._ended = True
+            if (usage := read_usage(event, self._searches)) is not None:
+                yield form.Used(usage)
             yield form.Failed(provider_error(event))
             return
         if not isinstance(kind, str) or not kind.startswith("response."):

@@ -22,6 +22,7 @@ from extproc.dialects.openai_responses.answers import (
     text_part,
     write_citation,
     write_logprobs,
+    write_usage,
 )
 from extproc.dialects.openai_responses.errors import error_event
 from extproc.dialects.openai_responses.thoughts import encrypted
@@ -92,7 +93,7 @@ class ResponseWriter:
     # The frame --------------------------------------------------------------------------------------------------------
 
     def _begin(self, event: form.Started) -> bytes:
-        self._model, self._service_tier = event.model, event.service_tier
+        self._model, self._service_tier, self._usage = event.model, event.service_tier, event.usage
         response = snapshot(
             self._seed, self._items.response_id, self._model, [], IN_PROGRESS, service_tier=self._service_tier
         )
@@ -111,7 +112,7 @@ class ResponseWriter:
 
     def _fail(self, event: form.Failed) -> bytes:
         self._ended = True
-        return error_event(event.error, self._next())
+        return error_event(event.error, self._next(), write_usage(self._usage))
 
     def _end(self, _: form.Done) -> bytes:
         """What is open is done, in the order in which it was begun, and then the whole response."""

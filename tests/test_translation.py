@@ -194,7 +194,7 @@ def within(outer: Any, step: str) -> list[Any]:
     return [spelt[step]] if step in spelt else []
 
 
-# Figures of what broke off ---------------------------------------------------------------------------------------------
+# Figures of what broke off --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))

@@ -303,7 +303,8 @@ class Exchange:
         plan = self._admitted
         # Tokenizers differ: whichever target answers, the prompt is held for as the one that makes most of it.
         factor = max(1.0, *(self._gate.factor(candidate.target) for candidate in plan.candidates))
-        prompt_tokens = ceil(prompt_text_tokens * factor) + plan.call.prompt_extra if plan.call.billed else 0
+        extra = max(candidate.call.prompt_extra for candidate in plan.candidates)
+        prompt_tokens = ceil(prompt_text_tokens * factor) + extra if plan.call.billed else 0
         self._allowance = allowance = self._allowance_at(plan.price, prompt_tokens, plan.cap)
         self._state = State.HOLDING
         ask = HoldAsk(
@@ -320,7 +321,8 @@ class Exchange:
         call = self._admitted.call
         if not call.billed:
             cap = 0
-        return Allowance(price, prompt_tokens, cap * call.choices, self._gate.lease_tokens, call.web_searches)
+        searches = max(candidate.call.web_searches for candidate in self._admitted.candidates)
+        return Allowance(price, prompt_tokens, cap * call.choices, self._gate.lease_tokens, searches)
 
     def _least(self) -> Amount:
         """The least that the request can be let through with."""
@@ -432,7 +434,7 @@ class Exchange:
                 self._dialect,
                 self._counter(),
                 self._gate.factor(self._candidate.target),
-                choices=plan.call.choices,
+                choices=self._candidate.call.choices,
                 hide_usage=not plan.call.wants_usage,
                 framing=framing,
             )
@@ -720,12 +722,11 @@ class Exchange:
     def _finish(
         self, outcome: Outcome, usage: Usage, source: UsageSource, service_tier: str | None = None
     ) -> list[Command]:
-        plan = self._admitted
         price = self._price(service_tier)
         billed = usage.prompt or usage.completion
         searches = usage.web_searches
         if searches is None:  # a search that was asked for; in another dialect none was, since none is translated
-            searches = plan.call.web_searches if self._candidate.native else 0
+            searches = self._candidate.call.web_searches
         cost_nanousd = price.cost(usage, searches) if billed else 0
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
         return [

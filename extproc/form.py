@@ -252,17 +252,19 @@ class Feature(StrEnum):
     TOOL_RESULT_MEDIA = "tool_result_media"
 
 
+MEDIA = frozenset(
+    {
+        Feature.IMAGE,
+        Feature.IMAGE_URL,
+        Feature.DOCUMENT,
+        Feature.DOCUMENT_URL,
+        Feature.AUDIO,
+        Feature.TOOL_RESULT_MEDIA,
+    }
+)
+
 # Without them a request still means what it meant, so that a policy may have them dropped.
-DROPPABLE = frozenset(Feature) - {
-    Feature.JSON_SCHEMA,
-    Feature.IMAGE,
-    Feature.IMAGE_URL,
-    Feature.DOCUMENT,
-    Feature.DOCUMENT_URL,
-    Feature.AUDIO,
-    Feature.TOOL_RESULT_MEDIA,
-    Feature.TOOL_SUBSET,
-}
+DROPPABLE = frozenset(Feature) - MEDIA - {Feature.JSON_SCHEMA, Feature.TOOL_SUBSET}
 
 
 def features(request: Request) -> frozenset[Feature]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import orjson
+
 from extproc import budget
 from extproc.dialects import CHAT
 from extproc.dialects.dialect import Address, ChatDialect, Dialect
 from extproc.dialects.fields import renamed
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest
-from extproc.form import Request
+from extproc.form import MEDIA, Request, features, without
 from extproc.gate import Gate
 from extproc.intake import parse_json
 from extproc.itinerary import Itinerary, Leg
@@ -28,10 +30,12 @@ class Candidate:
     """One target that can take the call. `cap` bounds one choice's output tokens: the least of caller's and model's.
 
     `thinks`: it may write unseen: thoughts, or, translated for some callers, a tool's call until it is whole.
-    `native`: it is asked in the caller's own dialect.
+    `native`: it is asked in the caller's own dialect. `call` is the call as it reads it: what a picture or a tool costs
+    is each dialect's and each model's own.
     """
 
     target: Target
+    call: Call
     traits: ModelTraits
     price: Price
     cap: int
@@ -123,13 +127,13 @@ class _Asked:
         self.dialect = endpoint.dialect
         self.call = call
         self.drop = drop
-        self._address = endpoint.address
+        self.address = endpoint.address
 
     @cached_property
     def request(self) -> tuple[ChatDialect, Request] | None:
         """None where no other dialect says such a thing: an embedding, a count of tokens."""
         caller = CHAT.get(self.dialect.name)
-        return None if caller is None else (caller, caller.read_request(self.call.body, self._address))
+        return None if caller is None else (caller, caller.read_request(self.call.body, self.address))
 
 
 def _candidates(gate: Gate, asked: _Asked, way: Route, rule: ModelRule | None) -> tuple[Candidate, ...]:
@@ -150,16 +154,21 @@ def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None
     call = asked.call
     known = traits(target.provider, target.model, rule)
     native = asked.dialect.name in PROVIDERS[target.provider].paths
-    thinks = known.reasoning if call.thinks is None else call.thinks
-    if not native:
-        caller, request = _translatable(asked, target)
+    cap = min(call.cap or known.max_output_tokens, known.max_output_tokens)
+    if native:
+        thinks = known.reasoning if call.thinks is None else call.thinks
+        theirs = _as_named(asked, target)
+    else:
+        caller, chat, request = _translatable(asked, target)
         thinks = known.reasoning or _writes_unseen(caller, request)
+        theirs = _as_translated(asked, chat, request, target, cap)
     return Candidate(
         target=target,
+        call=theirs,
         traits=known,
         # A tier is nothing that is translated: another provider is asked for its plain one.
         price=gate.prices.price(target, call.service_tier if native else None) if call.billed else FREE,
-        cap=min(call.cap or known.max_output_tokens, known.max_output_tokens),
+        cap=cap,
         thinks=thinks,
         native=native,
     )
@@ -171,8 +180,27 @@ def _writes_unseen(caller: ChatDialect, request: Request) -> bool:
     return thinks or (caller.calls_come_whole and bool(request.tools))
 
 
-def _translatable(asked: _Asked, target: Target) -> tuple[ChatDialect, Request]:
-    """The caller's dialect and the canonical form, if this target's provider can take it. Raises BadRequest."""
+def _as_named(asked: _Asked, target: Target) -> Call:
+    """The call with the model's real name, by which some pictures and searches cost more."""
+    call, address = asked.call, asked.address
+    if target.model == call.model:
+        return call
+    if address.model is not None:
+        return asked.dialect.read_call(call.body, replace(address, model=target.model))
+    return asked.dialect.read_call({**call.body, "model": target.model}, address)
+
+
+def _as_translated(asked: _Asked, chat: ChatDialect, request: Request, target: Target, cap: int) -> Call:
+    """The call as the target's dialect has it, where more than texts and turns are in it: those cost the same."""
+    if not (request.tools or (request.choices or 1) > 1 or features(request) & MEDIA):
+        return replace(asked.call, web_searches=0)
+    sent = without(request, features(request) & chat.cannot) if asked.drop else request
+    written = chat.write_request(sent, target.model, cap)
+    return chat.read_call(orjson.loads(written), Address(target.model, asked.call.stream))
+
+
+def _translatable(asked: _Asked, target: Target) -> tuple[ChatDialect, ChatDialect, Request]:
+    """The caller's dialect, the target's, and the canonical form, if they can have it. Raises BadRequest."""
     name = chat_of(PROVIDERS[target.provider])
     if asked.request is None or name is None:
         raise BadRequest(
@@ -182,4 +210,4 @@ def _translatable(asked: _Asked, target: Target) -> tuple[ChatDialect, Request]:
     error = refusal(caller, CHAT[name], request, drop=asked.drop)
     if error is not None:
         raise error
-    return caller, request
+    return caller, CHAT[name], request

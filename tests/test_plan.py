@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -12,9 +13,9 @@ from extproc.dialects.dialect import Address
 from extproc.dialects.openai_chat import OpenAIChat
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest, Unavailable
-from extproc.gate import Clock
+from extproc.gate import Clock, Gate
 from extproc.plan import Plan, make_plan
-from extproc.records import Target
+from extproc.records import ModelRule, Target
 from tests.exchanges import BUDGET_ID, CALLER, DEAR, INPUT_NANOUSD, OUTPUT_NANOUSD, Callers, body, gate
 
 CHAT_COMPLETIONS = Endpoint(OpenAIChat())
@@ -98,6 +99,12 @@ def test_what_is_offered_and_cannot_be_reached_is_unavailable() -> None:
 # Several targets ------------------------------------------------------------------------------------------------------
 
 EVERYBODY = gate(Callers(), Clock(lambda: 0, lambda: 0), providers=lambda: frozenset({"openai", "anthropic", "gemini"}))
+
+
+def gate_of(model: str) -> Gate:
+    """One that calls this model of OpenAI's `gpt-4o`."""
+    policy = replace(EVERYBODY.policy, models=(ModelRule("gpt-4o", (Target("openai", model),)),))
+    return replace(EVERYBODY, policy=policy)
 
 
 def chain(endpoint: Endpoint = CHAT_COMPLETIONS, forced: str | None = None, **fields: Any) -> Plan:
@@ -224,6 +231,31 @@ def test_what_has_no_other_dialect_goes_only_where_it_is_spoken() -> None:
     with pytest.raises(BadRequest) as caught:
         make_plan(EVERYBODY, embeddings, CALLER, orjson.dumps({"model": "three", "input": "hi"}), "gemini")
     assert caught.value.code == "unsupported_endpoint"
+
+
+def test_media_and_tools_are_held_for_as_each_dialect_has_them() -> None:
+    """A picture at OpenAI's lowest detail is any picture at Anthropic."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
+    made = chain(model="both", messages=[{"role": "user", "content": [picture] * 10}])
+    ours, theirs = (candidate.call.prompt_extra for candidate in made.candidates)
+    assert theirs > 2 * ours
+
+
+def test_a_models_real_name_decides_what_a_picture_costs() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    by_alias, by_name = (
+        make_plan(
+            gate_of(name), CHAT_COMPLETIONS, CALLER, body(messages=[{"role": "user", "content": [picture]}]), None
+        )
+        .candidates[0]
+        .call.prompt_extra
+        for name in ("gpt-4o", "gpt-4o-mini")
+    )
+    assert by_name > by_alias
+
+
+def test_choices_that_are_dropped_are_not_waited_for() -> None:
+    assert chain(model="lenient", n=3).candidates[0].call.choices == 1
 
 
 def test_counting_tokens_costs_nothing() -> None:

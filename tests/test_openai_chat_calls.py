@@ -663,3 +663,14 @@ def test_the_official_client_raises_in_the_middle_of_a_stream() -> None:
     assert next(stream).choices[0].delta.content == "a"
     with pytest.raises(openai.APIError, match="Daily budget"):
         next(stream)
+
+
+def test_an_answer_that_is_fetched_later_would_pass_the_meter() -> None:
+    with pytest.raises(BadRequest) as caught:
+        CHAT.read_call({"model": "grok-4", "messages": [{"role": "user", "content": "hi"}], "deferred": True})
+    assert caught.value.param == "deferred"
+
+
+def test_openrouters_suffix_searches() -> None:
+    call = CHAT.read_call({"model": "x/y:online", "messages": [{"role": "user", "content": "hi"}]})
+    assert call.web_searches == 1

@@ -79,6 +79,7 @@ class OpenAIChatCalls:
         """Check a parsed request. Raises BadRequest in OpenAI's words and codes, naming the field in `param`."""
         _CALL_FIELDS.refuse_misspelt(body)
         refuse_routing(body)
+        _refuse_deferred(body)
         model = model_name(body)
         stream = optional(body, "stream", bool) or False
         prompt = read_prompt(body, model)
@@ -210,11 +211,21 @@ def _thinks(body: Mapping[str, Any]) -> bool | None:
     return True if any(body.get(name) not in _NO_THOUGHTS for name in _THINKING_FIELDS) else None
 
 
+def _refuse_deferred(body: Mapping[str, Any]) -> None:
+    """xAI's answers that are fetched later would be written, and billed, past the meter."""
+    if body.get("deferred"):
+        message = "Unsupported parameter: 'deferred'. An answer comes with its call, or not at all."
+        raise BadRequest(message, code="unsupported_parameter", param="deferred")
+
+
 def _searches_web(body: Mapping[str, Any], model: str) -> bool:
-    """Whether a search may be billed: asked for, offered as a tool, or built into the model (`…-search-preview`)."""
+    """Whether a search may be billed: asked for, offered as a tool, or part of the model's name.
+
+    OpenAI's `…-search-preview` always search, and so does any model of OpenRouter's with `:online` behind its name.
+    """
     asked = optional(body, "web_search_options", dict) is not None
     offered = any("search" in str(tool.get("type")) for tool in body.get("tools") or ())
-    return asked or offered or "-search" in model
+    return asked or offered or "-search" in model or model.endswith(":online")
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ _NOT_TEXT = ("audio", "block:", "citations", "image-out", "server-tool", "tool-c
 KNOWN = {
     "anthropic/messages-stream-claude-sonnet-4-5-20250929-image-in-02": "its words are cut between events more than "
     "others' (`d wings`), and each piece counts as a token",
-    "anthropic/messages-stream-claude-sonnet-4-6-06": "short, with a table and emoji; why it is billed for more is not known",
+    "anthropic/messages-stream-claude-sonnet-4-6-06": "short: a table with emoji; why it costs more is not known",
     "gemini/generate-stream-gemini-2.5-flash-lite-long-output-01": "three pieces of its text came as `content: null`: "
     "billed, and not there",
     "groq/chat-stream-llama-3.1-70b-versatile-01": "billed for twice its text; nothing in the answer says for what",

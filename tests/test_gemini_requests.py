@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a boolean": (config(topP=True), "generationConfig.topP"),
     "half a token": (config(topK=0.5), "generationConfig.topK"),
     "seed": (config(seed=1.5), "generationConfig.seed"),
-    "stop": (config(stopSequences=[1]), "generationConfig.stopSequences"),
+    "stop": (config(stopSequences=[1]), "generationConfig.stopSequences[0]"),
     "level": (config(thinkingConfig={"thinkingLevel": "most"}), "generationConfig.thinkingConfig.thinkingLevel"),
     "budget": (config(thinkingConfig={"thinkingBudget": -2}), "generationConfig.thinkingConfig.thinkingBudget"),
     "two schemas": (config(responseSchema={}, responseJsonSchema={}), "generationConfig.responseJsonSchema"),
@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "names": (
         request(toolConfig={"functionCallingConfig": {"allowedFunctionNames": [1]}}),
-        "toolConfig.functionCallingConfig.allowedFunctionNames",
+        "toolConfig.functionCallingConfig.allowedFunctionNames[0]",
     ),
     "a nameless function": (
         request(tools=[{"functionDeclarations": [{}]}]),

@@ -62,6 +62,23 @@ def required(fields: Mapping[str, Any], name: str, kind: type, where: str = "") 
     return value
 
 
+def number(fields: Mapping[str, Any], name: str, where: str = "") -> float | None:
+    """A field that may be absent or null, both None. It stays an integer where it came as one."""
+    value: float | None = fields.get(name)
+    if value is not None and not is_a(value, int) and not is_a(value, float):
+        raise wrong_type(where + name, _KINDS[float], value)
+    return value
+
+
+def strings(fields: Mapping[str, Any], name: str, where: str = "") -> tuple[str, ...]:
+    """A list of texts, none where it is absent or null."""
+    values: list[Any] = optional(fields, name, list, where) or []
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise wrong_type(f"{where}{name}[{i}]", _KINDS[str], value)
+    return tuple(values)
+
+
 def positive(body: Mapping[str, Any], name: str, at_most: int) -> int | None:
     value: int | None = optional(body, name, int)
     if value is not None and value < 1:

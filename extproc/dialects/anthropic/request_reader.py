@@ -7,7 +7,7 @@ from typing import Any
 
 from extproc.dialects.anthropic.prompts import is_custom
 from extproc.dialects.anthropic.vocabulary import ORIGIN, arguments_of
-from extproc.dialects.fields import invalid, is_a, optional, required, wrong_type
+from extproc.dialects.fields import invalid, number, optional, required, strings
 from extproc.form import (
     Choose,
     Document,
@@ -55,10 +55,10 @@ def read_request(body: Mapping[str, Any]) -> Request:
         messages=messages,
         stream=optional(body, "stream", bool) or False,
         cap=max(1, required(body, "max_tokens", int)),
-        temperature=_number(body, "temperature"),
-        top_p=_number(body, "top_p"),
+        temperature=number(body, "temperature"),
+        top_p=number(body, "top_p"),
         top_k=optional(body, "top_k", int),
-        stop=_stop(body),
+        stop=strings(body, "stop_sequences"),
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel_tool_calls,
@@ -66,23 +66,6 @@ def read_request(body: Mapping[str, Any]) -> Request:
         reasoning=reasoning,
         extras=tuple(reader.extras),
     )
-
-
-def _number(body: Mapping[str, Any], name: str) -> float | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if not is_a(value, int) and not is_a(value, float):
-        raise wrong_type(name, "a number", value)
-    return float(value)
-
-
-def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
-    sequences = optional(body, "stop_sequences", list) or []
-    for i, sequence in enumerate(sequences):
-        if not isinstance(sequence, str):
-            raise wrong_type(f"stop_sequences[{i}]", "a string", sequence)
-    return tuple(sequences)
 
 
 def _tool_choice(body: Mapping[str, Any]) -> tuple[ToolChoice | None, bool | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from extproc import form
 from extproc.dialects.dialect import Address
-from extproc.dialects.fields import invalid, missing, optional, required, wrong_type
+from extproc.dialects.fields import invalid, missing, number, optional, required, strings, wrong_type
 from extproc.dialects.gemini.calls import asks_for_media, read_config
 from extproc.dialects.gemini.names import (
     BLOB,
@@ -267,38 +267,26 @@ def _result(response: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _sampled(config: Mapping[str, Any], request: form.Request) -> form.Request:
-    stop = optional(config, "stopSequences", list, _CONFIG) or []
-    if not all(isinstance(one, str) for one in stop):
-        raise wrong_type(_CONFIG + "stopSequences", "an array of strings", stop)
     return replace(
         request,
         cap=optional(config, "maxOutputTokens", int, _CONFIG),
         choices=optional(config, "candidateCount", int, _CONFIG),
-        temperature=_number(config, "temperature"),
-        top_p=_number(config, "topP"),
+        temperature=number(config, "temperature", _CONFIG),
+        top_p=number(config, "topP", _CONFIG),
         top_k=_whole_number(config, "topK"),
-        stop=tuple(stop),
+        stop=strings(config, "stopSequences", _CONFIG),
         seed=optional(config, "seed", int, _CONFIG),
-        presence_penalty=_number(config, "presencePenalty"),
-        frequency_penalty=_number(config, "frequencyPenalty"),
+        presence_penalty=number(config, "presencePenalty", _CONFIG),
+        frequency_penalty=number(config, "frequencyPenalty", _CONFIG),
         logprobs=optional(config, "responseLogprobs", bool, _CONFIG) or False,
         top_logprobs=optional(config, "logprobs", int, _CONFIG),
     )
 
 
-def _number(config: Mapping[str, Any], name: str) -> float | None:
-    value = config.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise wrong_type(_CONFIG + name, "a decimal number", value)
-    return float(value)
-
-
 def _whole_number(config: Mapping[str, Any], name: str) -> int | None:
     """Google's client sends 40.0."""
-    value = _number(config, name)
-    if value is not None and not value.is_integer():
+    value = number(config, name, _CONFIG)
+    if value is not None and not float(value).is_integer():
         raise wrong_type(_CONFIG + name, "an integer", value)
     return None if value is None else int(value)
 
@@ -334,18 +322,16 @@ def _tool_choice(fields: Mapping[str, Any], extras: list[str]) -> form.ToolChoic
     calling = message(config, "functionCallingConfig", _CALLING, "toolConfig.")
     extras += _unplaced(calling, frozenset({"mode", "allowedFunctionNames"}), where)
     mode = (optional(calling, "mode", str, where) or "AUTO").upper()
-    names = optional(calling, "allowedFunctionNames", list, where) or []
-    if not all(isinstance(name, str) for name in names):
-        raise wrong_type(where + "allowedFunctionNames", "an array of strings", names)
+    names = strings(calling, "allowedFunctionNames", where)
     match mode, names:
         case "AUTO" | "VALIDATED" | "MODE_UNSPECIFIED", _:
-            return form.ToolChoice(Choose.AUTO, tuple(names))
+            return form.ToolChoice(Choose.AUTO, names)
         case "NONE", _:
             return form.ToolChoice(Choose.NONE)
-        case "ANY", [_]:
-            return form.ToolChoice(Choose.NAMED, tuple(names))
+        case "ANY", (_,):
+            return form.ToolChoice(Choose.NAMED, names)
         case "ANY", _:
-            return form.ToolChoice(Choose.REQUIRED, tuple(names))
+            return form.ToolChoice(Choose.REQUIRED, names)
     raise invalid(where + "mode", "expected one of 'AUTO', 'ANY', 'NONE' and 'VALIDATED'")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from extproc import form
-from extproc.dialects.fields import invalid, is_a, objects, optional, positive, required, wrong_type
+from extproc.dialects.fields import invalid, number, objects, optional, positive, required, strings, wrong_type
 from extproc.dialects.openai_chat.calls import read_cap
 from extproc.dialects.openai_chat.thoughts import thoughts_of_caller
 from extproc.dialects.openai_parts import PDF, data_url
@@ -69,13 +69,13 @@ def read_request(body: Mapping[str, Any]) -> form.Request:
         stream=optional(body, "stream", bool) or False,
         cap=read_cap(body),
         choices=positive(body, "n", at_most=MAX_CHOICES),
-        temperature=_number(body, "temperature"),
-        top_p=_number(body, "top_p"),
+        temperature=number(body, "temperature"),
+        top_p=number(body, "top_p"),
         top_k=optional(body, "top_k", int),
         stop=_stop(body),
         seed=optional(body, "seed", int),
-        presence_penalty=_number(body, "presence_penalty"),
-        frequency_penalty=_number(body, "frequency_penalty"),
+        presence_penalty=number(body, "presence_penalty"),
+        frequency_penalty=number(body, "frequency_penalty"),
         logit_bias=optional(body, "logit_bias", dict),
         logprobs=optional(body, "logprobs", bool) or False,
         top_logprobs=optional(body, "top_logprobs", int),
@@ -92,23 +92,13 @@ def _is_extra(name: str, value: object) -> bool:
     return name not in _READ and name not in _HINTS and not (name == "modalities" and value == _TEXT_ONLY)
 
 
-def _number(body: Mapping[str, Any], name: str) -> float | None:
-    value = body.get(name)
-    if value is not None and not is_a(value, int) and not is_a(value, float):
-        raise wrong_type(name, "a number", value)
-    return value
-
-
 def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
     stop = body.get("stop")
     if stop is None or isinstance(stop, str):
         return () if stop is None else (stop,)
     if not isinstance(stop, list):
         raise wrong_type("stop", "one of a string or array of strings", stop)
-    for i, one in enumerate(stop):
-        if not isinstance(one, str):
-            raise wrong_type(f"stop[{i}]", "a string", one)
-    return tuple(stop)
+    return strings(body, "stop")
 
 
 def _reasoning(body: Mapping[str, Any]) -> form.Reasoning | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from extproc import form
-from extproc.dialects.fields import invalid, is_a, objects, optional, required, wrong_type
+from extproc.dialects.fields import invalid, number, objects, optional, required, wrong_type
 from extproc.dialects.openai_parts import PDF, data_url
 from extproc.dialects.openai_responses.prompts import kind_of
 from extproc.dialects.openai_responses.request_writer import LOGPROBS
@@ -39,8 +39,8 @@ def read_request(body: Mapping[str, Any]) -> form.Request:
         messages=tuple(_messages(body, extras)),
         stream=optional(body, "stream", bool) or False,
         cap=optional(body, "max_output_tokens", int),
-        temperature=_number(body, "temperature"),
-        top_p=_number(body, "top_p"),
+        temperature=number(body, "temperature"),
+        top_p=number(body, "top_p"),
         logprobs=LOGPROBS in (optional(body, "include", list) or ()),
         top_logprobs=optional(body, "top_logprobs", int) or None,
         tools=tools,
@@ -50,13 +50,6 @@ def read_request(body: Mapping[str, Any]) -> form.Request:
         reasoning=_reasoning(body, extras),
         extras=tuple(extras),
     )
-
-
-def _number(body: Mapping[str, Any], name: str) -> float | None:
-    value = body.get(name)
-    if value is None or is_a(value, int) or is_a(value, float):
-        return value
-    raise wrong_type(name, "a decimal number", value)
 
 
 def _messages(body: Mapping[str, Any], extras: list[str]) -> Iterator[form.Message]:

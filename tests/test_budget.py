@@ -183,7 +183,8 @@ def test_what_only_open_requests_hold_may_clear_in_seconds() -> None:
 
 def test_a_request_that_never_fits_is_told_what_would_help() -> None:
     message = refusal(refused(0, 0, unit=Unit.TOKENS, limit=200_000), Amount(1, 272_000)).message
-    assert "must hold 272,000 tokens (a lower cap of its output tokens lets it hold less): its limit is 200,000" in message
+    hint = "a lower cap of its output tokens lets it hold less"
+    assert f"must hold 272,000 tokens ({hint}): its limit is 200,000" in message
 
 
 def test_a_cut_says_that_the_budget_was_used_up_while_streaming() -> None:

@@ -275,11 +275,6 @@ class Rig:
         await eventually(nothing_pending, "pending to return to zero")
         return balances
 
-    async def restart_envoy(self) -> None:
-        await self.kill_envoy()
-        await self.start_envoy()
-        await self.ready()
-
     async def kill_envoy(self) -> None:
         self.envoy.kill()
         await self.envoy.wait()

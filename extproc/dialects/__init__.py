@@ -1,4 +1,18 @@
-"""Every API that is spoken here. A dialect is one folder, or file, and one line in this registry."""
+"""Every API that is spoken here. A dialect is one folder, or file, and one line in this registry.
+
+`dialect.py` is what each one does, `fields.py` how JSON is read. The folders of chat all have
+
+    calls.py            what the gate asks: checks of a request, what its native provider gets, pieces to meter
+    prompts.py          what a prompt costs besides its words
+    request_reader.py   a caller's request into the canonical form
+    request_writer.py   the canonical form into a provider's request
+    answers.py          whole answers, both ways
+    stream_reader.py    a provider's stream into the canonical form
+    stream_writer.py    the canonical form into a caller's stream
+    errors.py           errors, both ways (for OpenAI's APIs in `openai_parts.py`)
+
+and beside them what only this API needs.
+"""
 
 from __future__ import annotations
 

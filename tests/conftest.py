@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from tests.checker import Checker
 from tests.conformance import conforms, pytest_addoption, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 from tests.rig import Rig
+
+# The same examples in every run, and no judgement of how fast they come: a busy machine is no defect.
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="module")

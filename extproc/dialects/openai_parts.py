@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ import orjson
 
 from extproc.dialects.fields import Names, invalid, is_a, members, optional, parse, required, spliced, wrong_type
 from extproc.errors import BadRequest, ProviderError, TollgateError
-from extproc.form import Reasoning
+from extproc.form import Document, Reasoning
 from extproc.limits import MAX_INPUT_TOKENS, MAX_INPUTS, MAX_MODEL_NAME_CHARS
 
 # What a prompt costs besides its text. Holds are made from these, so each is an upper bound or says what it assumes.
@@ -115,6 +117,17 @@ def file_tokens(data: str) -> int:
 
 def decoded_bytes(base64_text: str) -> int:
     return len(base64_text) * 3 // 4
+
+
+def document(data: str, where: str) -> Document:
+    """A file's data: a PDF unless its URL says otherwise. Text is read, for those who take documents as PDFs only."""
+    media_type, data = data_url(data) or (PDF, data)
+    if not media_type.startswith("text/"):
+        return Document(data=data, media_type=media_type)
+    try:
+        return Document(text=base64.b64decode(data).decode())
+    except (binascii.Error, ValueError):
+        raise invalid(where, "expected text in UTF-8, in base64") from None
 
 
 def data_url(url: str) -> tuple[str, str] | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from extproc import form
 from extproc.dialects.fields import invalid, number, objects, optional, positive, required, strings, wrong_type
 from extproc.dialects.openai_chat.calls import read_cap
 from extproc.dialects.openai_chat.thoughts import thoughts_of_caller
-from extproc.dialects.openai_parts import PDF, data_url
+from extproc.dialects.openai_parts import data_url, document
 from extproc.form import Choose, Feature, Output, Role
 from extproc.limits import MAX_CHOICES
 
@@ -239,13 +238,7 @@ def _file(part: dict[str, Any], where: str, ttl: str | None) -> form.Part | None
     given, name = file["file_data"], optional(file, "filename", str, where + "file.")
     if given.startswith(("https://", "http://")):  # OpenRouter's
         return form.Document(url=given, name=name, cache_ttl=ttl)
-    media_type, data = data_url(given) or (PDF, given)
-    if media_type != "text/plain":
-        return form.Document(data=data, media_type=media_type, name=name, cache_ttl=ttl)
-    try:
-        return form.Document(text=base64.b64decode(data).decode(), name=name, cache_ttl=ttl)
-    except (binascii.Error, ValueError):
-        raise invalid(where + "file.file_data", "expected text in UTF-8, in base64") from None
+    return replace(document(given, where + "file.file_data"), name=name, cache_ttl=ttl)
 
 
 _PARTS: Mapping[str, Callable[[dict[str, Any], str, str | None], form.Part | None]] = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from extproc import form
 from extproc.dialects.fields import invalid, number, objects, optional, required, wrong_type
-from extproc.dialects.openai_parts import PDF, data_url
+from extproc.dialects.openai_parts import data_url, document
 from extproc.dialects.openai_responses.prompts import kind_of
 from extproc.dialects.openai_responses.request_writer import LOGPROBS
 from extproc.dialects.openai_responses.thoughts import thinking
@@ -133,19 +132,11 @@ def _part(part: dict[str, Any], where: str) -> form.Part:
 
 
 def _document(part: dict[str, Any], where: str, cache_ttl: str | None) -> form.Document:
-    """Data is a PDF unless its URL says otherwise. Plain text is read, for those who take documents as PDFs only."""
     name = optional(part, "filename", str, where)
     if (url := optional(part, "file_url", str, where)) is not None:
         return form.Document(url=url, name=name, cache_ttl=cache_ttl)
     data = required(part, "file_data", str, where)
-    media_type, data = data_url(data) or (PDF, data)
-    if not media_type.startswith("text/"):
-        return form.Document(data=data, media_type=media_type, name=name, cache_ttl=cache_ttl)
-    try:
-        text = base64.b64decode(data).decode()
-    except (binascii.Error, ValueError):
-        raise invalid(where + "file_data", "expected text in UTF-8, in base64") from None
-    return form.Document(text=text, name=name, cache_ttl=cache_ttl)
+    return replace(document(data, where + "file_data"), name=name, cache_ttl=cache_ttl)
 
 
 def _tools(body: Mapping[str, Any], extras: list[str]) -> Iterator[form.Tool]:

@@ -309,15 +309,14 @@ class Attempt:
     def _refuse_to_pass(self, body: bytes) -> list[Command]:
         """An error that came as a success is no answer, and not billed. Whatever else it is may be."""
         said = parse(body)
-        if not isinstance(said, dict) or not said.get("error"):
-            return self._lose("unreadable_answer")
-        return self._reply(502, "error_as_answer", self._translation.error(502, body))
+        if isinstance(said, dict) and said.get("error"):
+            return self._reply(502, "error_as_answer")
+        return self._lose("unreadable_answer")
 
     def _lose(self, details: str) -> list[Command]:
         """The provider has answered, and the caller gets nothing of it: for the gate it was lost."""
         self._state = State.DONE
-        error = ProviderError("The provider's answer cannot be read.", status=502)
-        return [Reply(502, (_JSON, _LOST), self._caller.render_error(error), details)]
+        return [Reply(502, (_LOST,), details=details)]
 
     def _on_error_piece(self, event: ResponseBody) -> list[Command]:
         self._held += event.body[: MAX_ERROR_BYTES - len(self._held)]

@@ -357,18 +357,14 @@ def test_an_answer_that_cannot_be_read_is_lost() -> None:
     (reply,) = attempt.handle(ResponseBody(b"<html>", True))
     assert isinstance(reply, Reply)
     assert (reply.status, reply.details) == (502, "unreadable_answer")
-    assert ("x-tollgate-internal-flags", "UPE") in reply.headers
-    assert orjson.loads(reply.body)["error"]["message"]
+    assert reply.headers == (("x-tollgate-internal-flags", "UPE"),)
 
 
 def test_an_error_that_came_as_a_success_is_an_error() -> None:
     attempt = begun("anthropic", itinerary(CLAUDE))
     answer(attempt, 200, JSON)
     body = orjson.dumps({"type": "error", "error": {"type": "api_error", "message": "It broke."}})
-    (reply,) = attempt.handle(ResponseBody(body, True))
-    assert isinstance(reply, Reply)
-    assert (reply.status, reply.headers) == (502, (JSON,))
-    assert orjson.loads(reply.body)["error"]["message"] == "It broke."
+    assert attempt.handle(ResponseBody(body, True)) == [Reply(502, details="error_as_answer")]
 
 
 @pytest.mark.parametrize("stream", [False, True])

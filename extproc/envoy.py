@@ -28,6 +28,7 @@ from extproc.events import (
     ResponseHeaders,
     ResponseTrailers,
 )
+from extproc.headers import ANSWERED_BY
 from extproc.pb import ext_proc_pb2 as pb
 
 _FILTER = "envoy.filters.http.ext_proc"
@@ -178,7 +179,7 @@ def _drop_trailers(command: DropTrailers) -> bytes:
 
 # The routes say in every answer who gave it, and a reply that takes an answer's place does not pass the filter that
 # takes this out again (envoy.yaml, `hygiene`).
-_OURS = ("x-tollgate-internal-provider",)
+_OURS = (ANSWERED_BY,)
 
 
 def _reply(command: Reply) -> bytes:

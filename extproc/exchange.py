@@ -101,8 +101,6 @@ from extproc.sse import SseParser
 
 ROUTE_HEADER = "x-tollgate-internal-route"
 FIRST_BYTE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"  # how long an attempt may take to begin its answer
-PROVIDER_HEADER = "x-tollgate-internal-provider"  # on answers: whose endpoint Envoy asked last
-ATTEMPTS_HEADER = "x-envoy-attempt-count"
 # The reasons by which a provider had the request, and may have written an answer that never came.
 _LOST_ANSWER = frozenset({"UC", "UR", "UT", "UPE", "SI"})
 CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before there was a status
@@ -389,8 +387,8 @@ class Exchange:
     def _on_response_headers(self, event: ResponseHeaders) -> list[Command]:
         view = dict(event.headers)
         self._status = int(view.get(":status") or 0)
-        self._attempts = int(view.get(ATTEMPTS_HEADER) or 1)
-        self._settle_on(view.get(PROVIDER_HEADER, ""))
+        self._attempts = int(view.get(headers.ATTEMPTS) or 1)
+        self._settle_on(view.get(headers.ANSWERED_BY, ""))
         if _repeats(event.headers, "content-type") or _repeats(event.headers, "content-encoding"):
             return self._replace_answer(UpstreamFailure("The provider's headers contradict each other."))
         encoding = (view.get("content-encoding") or "identity").strip().lower()

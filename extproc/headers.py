@@ -12,6 +12,9 @@ from extproc.errors import BadRequest, TollgateError, Unauthenticated, Unsupport
 USER = "x-tollgate-user"
 PROVIDER = "x-llm-provider"
 
+ATTEMPTS = "x-envoy-attempt-count"  # of a request, which attempt it is; of an answer, how many there were
+ANSWERED_BY = "x-tollgate-internal-provider"  # on answers: whose endpoint Envoy asked last
+
 # On replies that Envoy makes itself, or a target: why (the access log's RESPONSE_FLAGS). No caller and no provider sees
 # or sets it.
 FLAGS = "x-tollgate-internal-flags"

@@ -13,7 +13,7 @@ from extproc.dialects.dialect import Address, ChatDialect, Dialect
 from extproc.dialects.fields import renamed
 from extproc.endpoints import Endpoint
 from extproc.errors import BadRequest
-from extproc.form import MEDIA, Request, features, without
+from extproc.form import MEDIA, Request, features
 from extproc.gate import Gate
 from extproc.intake import parse_json
 from extproc.itinerary import Itinerary, Leg
@@ -22,7 +22,7 @@ from extproc.pricing import FREE, Price, dearest
 from extproc.providers import PROVIDERS
 from extproc.records import Budget, Call, ModelRule, ModelTraits, Principal, Route, Target
 from extproc.routing import route, rule_of
-from extproc.translation import chat_of, refusal
+from extproc.translation import chat_of, refusal, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ class Plan:
         if not self.written:
             return self.raw
         body = self.dialect.upstream_body(self.call, self.raw, first.target.model, self.sent_cap(first))
-        renames = PROVIDERS[first.target.provider].renames
-        return renamed(body, renames) if renames else body
+        return renamed(body, PROVIDERS[first.target.provider].renames)
 
     def itinerary(self, request_id: str, body_bytes: int) -> Itinerary:
         """What the targets are told."""
@@ -194,8 +193,7 @@ def _as_translated(asked: _Asked, chat: ChatDialect, request: Request, target: T
     """The call as the target's dialect has it, where more than texts and turns are in it: those cost the same."""
     if not (request.tools or (request.choices or 1) > 1 or features(request) & MEDIA):
         return replace(asked.call, web_searches=0)
-    sent = without(request, features(request) & chat.cannot) if asked.drop else request
-    written = chat.write_request(sent, target.model, cap)
+    written = chat.write_request(within(request, chat) if asked.drop else request, target.model, cap)
     return chat.read_call(orjson.loads(written), Address(target.model, asked.call.stream))
 
 

@@ -53,7 +53,6 @@ from extproc.translation import Translation, chat_of
 _JSON = ("content-type", "application/json")
 _SSE = ("content-type", "text/event-stream; charset=utf-8")
 _LOST = (headers.FLAGS, "UPE")  # Envoy's flag for a provider that broke the protocol
-_ATTEMPT = "x-envoy-attempt-count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ class Attempt:
     def _on_request_headers(self, event: RequestHeaders) -> list[Command]:
         sent = dict(event.headers)
         self._provider, self._itinerary = provider, itinerary = _whereto(event)
-        number = itinerary.leg(provider.name, int(sent.get(_ATTEMPT) or 1))
+        number = itinerary.leg(provider.name, int(sent.get(headers.ATTEMPTS) or 1))
         if number is None:  # a chain of envoy.yaml's that has more providers than the policy gives this model
             return self._reply(503, "not_a_target")
         key = self._targets.key(provider.name)
@@ -190,8 +189,7 @@ class Attempt:
             body = self._native_body(event.body) if self._is_native() else self._translated_body(event.body)
         except TollgateError as error:  # the gate has read the same, so that hardly anything is left to find
             return self._reply(error.status, error.code, self._caller.render_error(error))
-        if self._provider.renames:
-            body = renamed(body, self._provider.renames)
+        body = renamed(body, self._provider.renames)
         if self._provider.body_fields:
             changes: dict[str, object] = dict(self._provider.body_fields)
             if self._provider.model_in_path(self._dialect):

@@ -32,7 +32,7 @@ class Translation:
         created_s: int,
     ) -> None:
         asked = caller.read_request(body, address)
-        self._request = form.without(asked, form.features(asked) & provider.cannot) if drop else asked
+        self._request = within(asked, provider) if drop else asked
         self._provider = provider
         self._caller = caller
         self._seed = Seed(request_id, created_s, asked, address.array)
@@ -73,6 +73,11 @@ class Translation:
 def chat_of(provider: Provider) -> str | None:
     """The dialect in which a provider is asked what the caller asked in another: its first that can be translated."""
     return next((name for name in provider.paths if name in CHAT), None)
+
+
+def within(request: form.Request, provider: ChatDialect) -> form.Request:
+    """The request without what this dialect cannot say: for a policy that has it dropped."""
+    return form.without(request, form.features(request) & provider.cannot)
 
 
 def refusal(caller: ChatDialect, provider: ChatDialect, request: form.Request, *, drop: bool) -> BadRequest | None:

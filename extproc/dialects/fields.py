@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -95,6 +95,22 @@ def objects(values: list[Any], where: str) -> list[dict[str, Any]]:
     return values
 
 
+def read_content(
+    content: object,
+    where: str,
+    add_text: Callable[[str], None],
+    read_part: Callable[[dict[str, Any], str], None],
+) -> None:
+    """What a message holds: a text, an array of parts, each read with its path, or null."""
+    if isinstance(content, str):
+        add_text(content)
+    elif isinstance(content, list):
+        for i, part in enumerate(objects(content, where)):
+            read_part(part, f"{where}[{i}].")
+    elif content is not None:
+        raise wrong_type(where, "one of a string or array of objects", content)
+
+
 class Names:
     """The fields of one object that decide something.
 
@@ -153,8 +169,10 @@ def dumps(value: object) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
-def renamed(raw: bytes, names: Iterable[tuple[str, str]]) -> bytes:
+def renamed(raw: bytes, names: Sequence[tuple[str, str]]) -> bytes:
     """A JSON object whose fields of these names have others. What already has the other name gives way."""
+    if not names:
+        return raw
     fields = members(raw)
     changes: dict[str, object] = {}
     for old, new in names:

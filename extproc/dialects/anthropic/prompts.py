@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any
 
 import orjson
 
-from extproc.dialects.fields import Names, dicts, invalid, objects, optional, required, wrong_type
+from extproc.dialects.fields import Names, dicts, invalid, objects, optional, read_content, required
 from extproc.errors import BadRequest
 from extproc.limits import DEFAULT_TOOL_CALLS, MAX_MESSAGES, MAX_TOOL_CALLS
 
@@ -99,13 +100,7 @@ def _read_message(message: Mapping[str, Any], where: str, prompt: Prompt) -> Non
 
 
 def _read_content(content: object, where: str, prompt: Prompt) -> None:
-    if isinstance(content, str):
-        prompt.add(content)
-    elif isinstance(content, list):
-        for i, block in enumerate(objects(content, where)):
-            _read_block(block, f"{where}[{i}].", prompt)
-    elif content is not None:
-        raise wrong_type(where, "one of a string or array of objects", content)
+    read_content(content, where, prompt.add, partial(_read_block, prompt=prompt))
 
 
 def _read_block(block: Mapping[str, Any], where: str, prompt: Prompt) -> None:

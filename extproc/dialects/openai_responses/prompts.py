@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from extproc.dialects.fields import Names, invalid, objects, optional, positive, required, wrong_type
+from extproc.dialects.fields import Names, invalid, objects, optional, positive, read_content, required
 from extproc.dialects.openai_parts import (
     LARGEST_CONTEXT_TOKENS,
     MESSAGE_TOKENS,
@@ -138,13 +139,7 @@ def _encrypted_tokens(encrypted: str) -> int:
 
 
 def _read_content(content: object, where: str, prompt: Prompt) -> None:
-    if isinstance(content, str):
-        prompt.texts.append(content)
-    elif isinstance(content, list):
-        for i, part in enumerate(objects(content, where)):
-            _read_part(part, f"{where}[{i}].", prompt)
-    elif content is not None:
-        raise wrong_type(where, "one of a string or array of objects", content)
+    read_content(content, where, prompt.texts.append, partial(_read_part, prompt=prompt))
 
 
 def _read_part(part: dict[str, Any], where: str, prompt: Prompt) -> None:

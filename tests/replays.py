@@ -117,6 +117,15 @@ class Replays:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         return len(self._tasks)
 
+    async def check_posted(self) -> None:
+        """Once all is done: each run has one row, and what was posted is what the rows say."""
+        count = await self.all_done()
+        balances = await self._rig.settled()
+        records = self._rig.records()
+        assert sum(balance.posted for balance in balances.values()) == sum(record.cost_nanousd for record in records)
+        assert sorted(record.request_id for record in records) == sorted(self.request_ids)
+        assert len(self.request_ids) == count
+
     async def cancel(self) -> None:
         for task in self._tasks.values():
             task.cancel()

@@ -263,6 +263,23 @@ class Rig:
         await eventually(written, f"the record of {request_id}")
         return found[0]
 
+    async def row_of(self, who: str) -> UsageRecord:
+        """The one row of a caller; its own one where an orphan's was written first."""
+        rows: list[UsageRecord] = []
+
+        def recorded() -> bool:
+            rows[:] = [record for record in self.records() if record.service == who]
+            return bool(rows)
+
+        await eventually(recorded, f"the row of {who}")
+        (row,) = rows
+        return row
+
+    async def posted_tokens(self, who: str) -> int:
+        """What a caller's budget of tokens in total has used. One of which nothing was used may be forgotten."""
+        balance = (await self.settled()).get(f"service/{who}/total/tokens")
+        return balance.posted if balance is not None else 0
+
     async def settled(self) -> dict[str, Balance]:
         """The balances, once nothing is pending any more."""
         balances: dict[str, Balance] = {}

@@ -13,10 +13,9 @@ import pytest
 import pytest_asyncio
 
 from extproc.local.provider import Received, Script
-from extproc.providers import PROVIDERS
 from tests.checker import Checker
-from tests.rig import POLICY, SERVICE, Rig, key_of, running
-from tests.turns import JSON, Call, Turn, body_of, replying
+from tests.rig import POLICY, SERVICE, Rig, running
+from tests.turns import JSON, Call, Turn, last_sent, replying
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -66,12 +65,8 @@ def client(rig: Rig, provider: str | None = None, **how: Any) -> anthropic.Async
 
 
 def asked(rig: Rig, provider: str) -> dict[str, Any]:
-    """What the provider was sent last; it was sent with its own key, for its own model."""
-    request = rig.providers[provider].received[-1]
-    ((header, key),) = PROVIDERS[provider].auth_headers(key_of(provider))
-    assert request.header(header) == key
-    assert TARGETS[provider] in (body_of(request).get("model") or request.target)
-    return body_of(request)
+    """What the provider was sent last, with its own key and for its own model."""
+    return last_sent(rig, provider, TARGETS[provider])
 
 
 def text_of(message: Any) -> str:

@@ -179,7 +179,7 @@ async def test_a_processor_is_killed_under_attempts(rig: Rig) -> None:
     await rig.ready()
     kept = 0
     for (dialect, email), one in zip(callers, told, strict=True):
-        record = await _row_of(rig, email)
+        record = await rig.row_of(email)
         if _is_whole(dialect, one):
             kept += 1
             assert (record.outcome, record.provider, record.attempts) == (Outcome.OK, "anthropic", 2)
@@ -195,11 +195,6 @@ async def test_a_processor_is_killed_under_attempts(rig: Rig) -> None:
 def _is_under_way(rig: Rig, email: str) -> bool:
     """Its second attempt has been made; of a slow one, something has come."""
     return any(request.chunks_sent > 3 or b"late-" in request.body for request in seen_by(rig, "anthropic", email))
-
-
-async def _row_of(rig: Rig, email: str) -> Any:
-    await eventually(lambda: any(row.service == email for row in rig.records()), f"the record of {email}")
-    return next(row for row in rig.records() if row.service == email)
 
 
 def _is_whole(dialect: str, told: Told) -> bool:

@@ -19,7 +19,7 @@ from redis import Redis
 from extproc.ledger import load_scripts
 from extproc.limits import MIB
 from extproc.local.provider import Received, Script
-from extproc.records import Outcome, UsageRecord
+from extproc.records import Outcome
 from tests.checker import LEASE_TOKENS, Checker
 from tests.faultproxy import FaultProxy
 from tests.rig import DONE, PROVIDER_KEY, Processor, Rig, Told, eventually, running, streamed
@@ -117,24 +117,6 @@ async def asked(rig: Rig, who: str, chunks: int = 0, task: asyncio.Task[Told] | 
     return found[0]
 
 
-async def row_of(rig: Rig, who: str) -> UsageRecord:
-    """The one row of a caller; its own one where an orphan's was written first."""
-    rows: list[UsageRecord] = []
-
-    def recorded() -> bool:
-        rows[:] = [record for record in rig.records() if record.service == who]
-        return bool(rows)
-
-    await eventually(recorded, f"the row of {who}")
-    (row,) = rows
-    return row
-
-
-async def posted_tokens(rig: Rig, who: str) -> int:
-    balance = (await rig.settled()).get(f"service/{who}/total/tokens")
-    return balance.posted if balance is not None else 0  # a budget of which nothing was used may be forgotten
-
-
 def said(told: Told) -> int:
     return told.body.count(b" word")
 
@@ -208,7 +190,7 @@ async def test_valkey_is_killed_mid_stream(rig: Rig, processor: Processor, proce
     assert said(told) <= record.completion_tokens <= said(told) + LEASE_TOKENS
 
     async def replayed() -> bool:  # over what the hold's expiry may have posted in the meantime
-        return await posted_tokens(rig, who) == PROMPT + record.completion_tokens
+        return await rig.posted_tokens(who) == PROMPT + record.completion_tokens
 
     await eventually(replayed, "the journaled settlement to be posted")
 
@@ -234,7 +216,7 @@ async def test_valkey_hangs(rig: Rig, processor: Processor) -> None:
     rig.answer(streamed(3, prompt=PROMPT))
     assert (await rig.ask(caller("redis-hangs-0"), stream=True)).status == 200
     await rig.settled()
-    assert await posted_tokens(rig, caller("redis-hangs-0")) == PROMPT + 3
+    assert await rig.posted_tokens(caller("redis-hangs-0")) == PROMPT + 3
 
 
 def resident_bytes(pid: int) -> int:
@@ -253,7 +235,7 @@ async def test_scripts_are_lost(rig: Rig) -> None:
         told = await task
     assert (told.status, told.broken, told.events[-1]) == (200, None, DONE)
     await rig.record(told.request_id)
-    assert await posted_tokens(rig, who) == PROMPT + 400
+    assert await rig.posted_tokens(who) == PROMPT + 400
 
 
 async def test_valkey_is_restarted_mid_stream(rig: Rig) -> None:
@@ -267,7 +249,7 @@ async def test_valkey_is_restarted_mid_stream(rig: Rig) -> None:
         told = await task
     assert (told.status, told.broken, told.events[-1]) == (200, None, DONE)
     await rig.record(told.request_id)
-    assert await posted_tokens(rig, who) == PROMPT + 400
+    assert await rig.posted_tokens(who) == PROMPT + 400
 
 
 async def test_valkey_is_read_only_as_after_a_failover(rig: Rig) -> None:
@@ -319,7 +301,7 @@ async def test_the_processor_is_killed_while_it_holds(rig: Rig, processor: Proce
     proxy.heal()
     await processor.start()
     await assert_orphaned(rig, who, told)
-    assert await posted_tokens(rig, who) == PROMPT  # the checkpoint: it might have been sent
+    assert await rig.posted_tokens(who) == PROMPT  # the checkpoint: it might have been sent
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -335,7 +317,7 @@ async def test_the_processor_is_killed_after_it_forwarded(rig: Rig, processor: P
     assert request.ended == "gone"
     await processor.start()
     await assert_orphaned(rig, who, told)
-    assert await posted_tokens(rig, who) >= PROMPT
+    assert await rig.posted_tokens(who) >= PROMPT
 
 
 async def test_the_processor_is_killed_mid_stream(rig: Rig, processor: Processor) -> None:
@@ -351,16 +333,16 @@ async def test_the_processor_is_killed_mid_stream(rig: Rig, processor: Processor
     assert said(told) <= request.chunks_sent
     await processor.start()
     await assert_orphaned(rig, who, told)
-    posted = await posted_tokens(rig, who) - PROMPT
+    posted = await rig.posted_tokens(who) - PROMPT
     assert said(told) - LEASE_TOKENS <= posted <= request.chunks_sent
 
 
 async def assert_orphaned(rig: Rig, who: str, told: Told) -> None:
     """The hold of a dead processor expires, and a row says what its checkpoint posted."""
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert row.request_id == told.request_id
     assert (row.outcome, row.service, row.model) == (Outcome.UPSTREAM_ERROR, who, "gpt-4o")
-    assert await posted_tokens(rig, who) == row.prompt_tokens + row.completion_tokens
+    assert await rig.posted_tokens(who) == row.prompt_tokens + row.completion_tokens
 
 
 # The processor drains, hangs, or is not there -------------------------------------------------------------------------
@@ -398,9 +380,9 @@ async def test_a_stream_that_outlasts_the_drain_breaks_and_is_settled(rig: Rig, 
     await asyncio.wait_for(request.done.wait(), WAIT_S)
     assert request.ended == "gone"
     await processor.start()
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert said(told) <= row.completion_tokens <= request.chunks_sent
-    assert await posted_tokens(rig, who) == PROMPT + row.completion_tokens
+    assert await rig.posted_tokens(who) == PROMPT + row.completion_tokens
 
 
 async def test_the_processor_hangs(rig: Rig, processor: Processor, checker: Checker) -> None:
@@ -424,7 +406,7 @@ async def test_the_processor_hangs(rig: Rig, processor: Processor, checker: Chec
     assert request.ended == "gone"
     assert len(rig.played) == before
     checker.unseen[who] = request.chunks_sent - seen  # while it hung
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert said(told) <= row.completion_tokens <= request.chunks_sent
 
 
@@ -464,8 +446,8 @@ async def test_envoy_is_killed_mid_stream(rig: Rig) -> None:
     told = await task
     assert_broken(told)
     await asyncio.wait_for(request.done.wait(), WAIT_S)
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert row.outcome is Outcome.CLIENT_GONE
     assert said(told) <= row.completion_tokens <= request.chunks_sent
-    assert await posted_tokens(rig, who) == PROMPT + row.completion_tokens
+    assert await rig.posted_tokens(who) == PROMPT + row.completion_tokens
     await rig.start_envoy()

@@ -16,10 +16,9 @@ from google.genai import errors, types
 from pydantic import BaseModel
 
 from extproc.local.provider import Script
-from extproc.providers import PROVIDERS
 from tests.checker import Checker
-from tests.rig import POLICY, SERVICE, Rig, key_of, running
-from tests.turns import JSON, Call, Turn, body_of, replying
+from tests.rig import POLICY, SERVICE, Rig, running
+from tests.turns import JSON, Call, Turn, last_sent, replying
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -68,13 +67,8 @@ async def client(rig: Rig, provider: str | None = None, version: str | None = No
 
 
 def asked(rig: Rig, provider: str) -> dict[str, Any]:
-    """What the provider was sent last; it was sent with its own key, for its own model."""
-    request = rig.providers[provider].received[-1]
-    ((header, key),) = PROVIDERS[provider].auth_headers(key_of(provider))
-    assert request.header(header) == key
-    assert TARGETS[provider] in (body_of(request).get("model") or request.target)
-    assert not any(name.startswith("x-goog-") and name != header for name, _ in request.headers)
-    return body_of(request)
+    """What the provider was sent last, with its own key and for its own model."""
+    return last_sent(rig, provider, TARGETS[provider])
 
 
 # --- generateContent --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from h2.events import DataReceived
 
 from extproc.limits import MAX_EVENT_BYTES, MAX_REQUEST_BYTES, MIB
 from extproc.local.provider import Received, Script
-from extproc.records import Outcome, UsageRecord, UsageSource
+from extproc.records import Outcome, UsageSource
 from tests.checker import Checker
 from tests.rig import DONE, PROVIDER_KEY, Rig, Told, delta, event, eventually, running, streamed, usage, whole
 
@@ -60,11 +60,6 @@ def caller(name: str) -> str:
 
 def by_caller(scripts: dict[str, Script]) -> Callable[[Received], Script]:
     return lambda request: scripts[json.loads(request.body)["user"]]
-
-
-async def posted_tokens(rig: Rig, who: str) -> int:
-    balance = (await rig.settled()).get(f"service/{who}/total/tokens")
-    return balance.posted if balance is not None else 0  # a budget of which nothing was used may be forgotten
 
 
 def succeeded(told: Told) -> bool:
@@ -151,7 +146,7 @@ async def test_a_whole_answer_that_takes_too_long_is_not_free(rig: Rig) -> None:
     record = await rig.record(told.request_id)
     assert record.outcome is Outcome.UPSTREAM_ERROR
     assert record.completion_tokens == 40  # its cap: at 200 tokens a second it was written long before
-    assert await posted_tokens(rig, who) == record.prompt_tokens + 40
+    assert await rig.posted_tokens(who) == record.prompt_tokens + 40
 
 
 async def test_a_provider_that_refuses_bills_nothing(rig: Rig) -> None:
@@ -170,7 +165,7 @@ async def test_a_provider_that_stops_in_the_middle(rig: Rig) -> None:
     assert told.broken is not None
     await rig.played[-1][0].done.wait()
     assert (await rig.record(told.request_id)).completion_tokens == 6
-    assert await posted_tokens(rig, who) == PROMPT + 6
+    assert await rig.posted_tokens(who) == PROMPT + 6
 
 
 async def test_a_stream_that_drips_is_not_taken_for_a_stalled_one(rig: Rig) -> None:
@@ -277,7 +272,7 @@ async def test_what_is_billed_by_what_the_provider_reports(rig: Rig, name: str) 
     assert succeeded(told)
     record = await rig.record(told.request_id)
     assert (record.prompt_tokens, record.completion_tokens, record.usage_source) == (prompt, completion, source)
-    assert await posted_tokens(rig, who) == prompt + completion
+    assert await rig.posted_tokens(who) == prompt + completion
 
 
 @pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}], ids=str)
@@ -426,11 +421,11 @@ async def test_a_caller_that_leaves_a_stream_pays_for_what_was_written(rig: Rig,
     await request.done.wait()
     assert request.ended == ("whole" if moment == "last" else "gone")
 
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert row.outcome is (Outcome.OK if moment == "last" else Outcome.CLIENT_GONE)
     assert body.count(b" word") <= row.completion_tokens <= request.chunks_sent
     assert row.prompt_tokens == PROMPT
-    assert await posted_tokens(rig, who) == PROMPT + row.completion_tokens
+    assert await rig.posted_tokens(who) == PROMPT + row.completion_tokens
 
 
 async def test_a_caller_that_leaves_a_whole_answer_pays_for_the_time_up_to_its_cap(rig: Rig) -> None:
@@ -445,7 +440,7 @@ async def test_a_caller_that_leaves_a_whole_answer_pays_for_the_time_up_to_its_c
         request, _ = rig.played[-1]
         await request.done.wait()
         assert request.ended == "gone"
-        posted = await posted_tokens(rig, who)
+        posted = await rig.posted_tokens(who)
         assert PROMPT <= posted <= PROMPT + 20
 
 
@@ -470,23 +465,10 @@ async def test_an_http2_caller_that_resets_its_stream(rig: Rig) -> None:
     request, _ = rig.played[-1]
     await request.done.wait()
     assert request.ended == "gone"
-    row = await row_of(rig, who)
+    row = await rig.row_of(who)
     assert row.outcome is Outcome.CLIENT_GONE
     assert 20 <= row.completion_tokens <= request.chunks_sent
     writer.close()
-
-
-async def row_of(rig: Rig, who: str) -> UsageRecord:
-    """The one row of a caller that was told no request id."""
-    rows: list[UsageRecord] = []
-
-    def recorded() -> bool:
-        rows[:] = [record for record in rig.records() if record.service == who]
-        return bool(rows)
-
-    await eventually(recorded, f"the row of {who}")
-    (row,) = rows
-    return row
 
 
 # Envoy's own answers come past the gate like a provider's -------------------------------------------------------------

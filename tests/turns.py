@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from extproc.local.provider import Received, Script
-from tests.rig import DONE, event
+from extproc.providers import PROVIDERS
+from tests.rig import DONE, Rig, event, key_of
 
 JSON = (("content-type", "application/json"),)
 
@@ -78,6 +79,16 @@ def body_of(request: Received) -> _Fields:
     """What a provider was sent."""
     body: _Fields = json.loads(request.body)
     return body
+
+
+def last_sent(rig: Rig, provider: str, model: str) -> _Fields:
+    """What the provider was sent last; it was sent with its own key, for its own model."""
+    request = rig.providers[provider].received[-1]
+    ((header, key),) = PROVIDERS[provider].auth_headers(key_of(provider))
+    assert request.header(header) == key
+    assert model in (body_of(request).get("model") or request.target)
+    assert not any(name.startswith("x-goog-") and name != header for name, _ in request.headers)
+    return body_of(request)
 
 
 def cap_of(request: Received) -> int | None:

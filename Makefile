@@ -38,10 +38,11 @@ protos-drift: $(READY)
 protos: $(READY)
 	$(VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=extproc/pb --pyi_out=extproc/pb protos/ext_proc.proto
 
-# After a change of pyproject.toml: pins every package, with hashes.
+# After a change of pyproject.toml: pins every package, with hashes; then those alone that the processor's image holds.
+LOCK = $(VENV)/bin/uv pip compile --quiet --no-header --universal --generate-hashes pyproject.toml
 lock: $(READY)
-	$(VENV)/bin/uv pip compile --quiet --no-header --universal --generate-hashes --group local --group dev \
-		pyproject.toml -o requirements.lock
+	$(LOCK) --group local --group dev -o requirements.lock
+	$(LOCK) --constraint requirements.lock -o requirements.image.lock
 
 # The other gateways install themselves first, into .bench; the bench goes on without those that do not.
 bench: $(READY) bench-rivals

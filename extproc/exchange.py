@@ -722,6 +722,7 @@ class Exchange:
     ) -> list[Command]:
         price = self._price(service_tier)
         billed = usage.prompt or usage.completion
+        savings_nanousd = price.cache_savings(usage)
         searches = usage.web_searches
         if searches is None:  # a search that was asked for; in another dialect none was, since none is translated
             searches = self._candidate.call.web_searches
@@ -729,7 +730,9 @@ class Exchange:
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
         return [
             Settle(Settlement(self._request_id, self._hold.windows, actual)),
-            *self._write(outcome, self._status, usage, source, cost_nanousd),
+            *self._write(
+                outcome, self._status, usage, source, cost_nanousd=cost_nanousd, savings_nanousd=savings_nanousd
+            ),
         ]
 
     def _price(self, service_tier: str | None) -> Price:
@@ -827,18 +830,25 @@ class Exchange:
         status: int,
         usage: Usage = Usage(0, 0),  # noqa: B008 (frozen)
         source: UsageSource = UsageSource.COUNTED,
-        cost_nanousd: int = 0,
+        **money_nanousd: int,
     ) -> list[Command]:
         self._state = State.DONE
-        return [WriteRecord(self._record(outcome, status, usage, source, cost_nanousd))]
+        return [WriteRecord(self._record(outcome, status, usage, source, **money_nanousd))]
 
     def _note(self) -> bytes:
         """The record as it would be if this processor died now; the ledger adds what its last checkpoint says."""
         usage = self._counted_usage(0)
-        return orjson.dumps(self._record(Outcome.UPSTREAM_ERROR, 0, usage, UsageSource.COUNTED, 0))
+        return orjson.dumps(self._record(Outcome.UPSTREAM_ERROR, 0, usage, UsageSource.COUNTED))
 
     def _record(
-        self, outcome: Outcome, status: int, usage: Usage, source: UsageSource, cost_nanousd: int
+        self,
+        outcome: Outcome,
+        status: int,
+        usage: Usage,
+        source: UsageSource,
+        *,
+        cost_nanousd: int = 0,
+        savings_nanousd: int = 0,
     ) -> UsageRecord:
         plan, principal, clock = self._plan, self._principal, self._gate.clock
         candidate = self._candidate if plan else None
@@ -870,6 +880,7 @@ class Exchange:
             duration_ms=duration_ms,
             overhead_us=(self._overhead_ns + (now_ns - self._asked_ns if self._asked_ns else 0)) // 1000,
             budget_id=blamed or (plan.budgets[0].id if plan and plan.budgets else None),
+            cache_savings_nanousd=savings_nanousd,
         )
 
 

@@ -82,6 +82,13 @@ class Price:
         )
         return -(-billed // TOKENS_PER_PRICE) + web_searches * self.web_search_nanousd
 
+    def cache_savings(self, usage: Usage) -> int:
+        """Nano-USD that the provider's cache took off the bill, beside the same tokens sent anew; rounded down."""
+        if not usage.cached_prompt:
+            return 0
+        rates = self.rates(usage.prompt)
+        return min(usage.cached_prompt, usage.prompt) * max(rates.input - rates.cached_input, 0) // TOKENS_PER_PRICE
+
     def hold_cost(self, prompt_tokens: int, completion_tokens: int, web_searches: int = 0) -> int:
         """Nano-USD: at least the cost of any usage of so many tokens, whatever kinds they turn out to be."""
         rates = self.rates(prompt_tokens)

@@ -391,3 +391,4 @@ class UsageRecord:
     duration_ms: int
     overhead_us: int
     budget_id: str | None
+    cache_savings_nanousd: int = 0

@@ -151,6 +151,13 @@ def test_audio_costs_what_the_library_says() -> None:
     assert book().price(target, None).cost(usage) == expected
 
 
+def test_cache_savings_are_what_the_cached_tokens_would_have_cost_more() -> None:
+    price = book().price(Target("openai", "gpt-4o"), None)
+    cached, anew = Usage(5_000, 100, cached_prompt=4_864), Usage(5_000, 100)
+    assert price.cache_savings(cached) == price.cost(anew) - price.cost(cached) > 0
+    assert price.cache_savings(anew) == 0
+
+
 def test_writing_to_the_cache_costs_what_the_library_says() -> None:
     target, usage = Target("openai", "gpt-6-sol"), Usage(4_000, 10, cached_prompt=1_000, cache_write_prompt=2_000)
     assert book().price(target, None).cost(usage) == library(target, usage, cache_write_tokens=2_000)

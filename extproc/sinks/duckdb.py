@@ -40,6 +40,7 @@ _COLUMNS = {
     "duration_ms": "BIGINT",
     "overhead_us": "BIGINT",
     "budget_id": "VARCHAR",
+    "cache_savings_nanousd": "BIGINT",
 }
 _TYPES = {**_COLUMNS, "orphan": "BOOLEAN"}
 

@@ -22,7 +22,7 @@ from bench.load import Unanswered, ask
 from bench.provider import pace
 from bench.rivals import RIVALS
 from extproc import settings
-from extproc.local.envoy_config import envoy_binary
+from extproc.local.envoy_check import envoy_binary
 from extproc.local.valkey import LocalValkey, free_port
 from extproc.process import Child
 from tests.rig import Rig, running

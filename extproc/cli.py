@@ -164,7 +164,8 @@ def budgets(as_json: bool) -> None:
 @click.option("--envoy", type=click.Path(path_type=Path), help="Envoy's configuration; the repository's by default.")
 def check(path: Path | None, envoy: Path | None) -> None:
     """Check the policy (PATH, or the one in use) and Envoy's configuration."""
-    from extproc.local import envoy_config
+    from extproc import envoy_config
+    from extproc.local import envoy_check
     from extproc.policy import doubts
 
     path = path or _stack_settings().policy_path
@@ -172,7 +173,7 @@ def check(path: Path | None, envoy: Path | None) -> None:
     chains: frozenset[tuple[str, ...]] | None = None
     refused: list[str] = []
     try:
-        refused = envoy_config.problems(envoy)
+        refused = envoy_check.problems(envoy)
         chains = None if refused else envoy_config.chains(envoy.read_text())
     except ImportError:
         click.echo(f"{envoy}: not checked, because Envoy is not installed here", err=True)

@@ -24,8 +24,9 @@ import httpx
 import yaml
 
 from extproc import journal
+from extproc.envoy_config import Places, render
 from extproc.ledger import Ledger
-from extproc.local.envoy_config import Places, envoy_binary, render
+from extproc.local.envoy_check import envoy_binary
 from extproc.local.http import Server
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.provider import Received, Script, ScriptedProvider

@@ -19,10 +19,10 @@ from google.auth import jwt
 
 from extproc import cli
 from extproc.budget import window_at
+from extproc.envoy_config import TEMPLATE
 from extproc.journal import Journal, encode
 from extproc.ledger import Ledger
 from extproc.limits import MIB
-from extproc.local.envoy_config import TEMPLATE
 from extproc.local.issuer import DevIssuer
 from extproc.local.valkey import LocalValkey
 from extproc.policy import parse_policy
@@ -258,7 +258,7 @@ class TestCheck:
     def envoy_problems(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """What Envoy has to say, for tests of the policy; one below asks the real one."""
         problems: list[str] = []
-        monkeypatch.setattr("extproc.local.envoy_config.problems", lambda path: [f"{path}: {p}" for p in problems])
+        monkeypatch.setattr("extproc.local.envoy_check.problems", lambda path: [f"{path}: {p}" for p in problems])
         return problems
 
     def test_of_a_good_policy(self) -> None:
@@ -306,7 +306,7 @@ class TestCheck:
         def problems(path: Path) -> list[str]:
             raise ImportError
 
-        monkeypatch.setattr("extproc.local.envoy_config.problems", problems)
+        monkeypatch.setattr("extproc.local.envoy_check.problems", problems)
         (directory / "policy.yaml").write_text(POLICY.replace('"openai/*"', "mistral/a, openai/b"))
         result = tollgate("check")
         assert result.exit_code == 0

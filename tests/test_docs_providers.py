@@ -9,8 +9,8 @@ import pytest
 
 from extproc.dialects import CHAT, DIALECTS
 from extproc.endpoints import SERVED, find
+from extproc.envoy_config import TEMPLATE, chains
 from extproc.form import DROPPABLE, Feature
-from extproc.local.envoy_config import TEMPLATE, chains
 from extproc.policy import doubts
 from extproc.providers import PROVIDERS
 from extproc.translation import chat_of

@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from extproc import limits
-from extproc.local import envoy_config, envoy_types
-from extproc.local.envoy_config import TEMPLATE, Places, chains, envoy_binary, problems, render
+from extproc.envoy_config import TEMPLATE, Places, chains, render
+from extproc.local import envoy_types
+from extproc.local.envoy_check import envoy_binary, problems
 from extproc.local.valkey import free_port
 from extproc.providers import PROVIDERS
 from extproc.settings import Settings
@@ -688,4 +689,4 @@ def test_the_types_alone(change: dict[str, Any], expected: str | None) -> None:
 
 def test_the_binary_is_the_pinned_one() -> None:
     assert Path(envoy_binary()).exists()
-    assert envoy_config.TEMPLATE.name == "envoy.yaml"
+    assert TEMPLATE.name == "envoy.yaml"

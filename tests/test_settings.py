@@ -13,7 +13,7 @@ from extproc.limits import MAX_WORKERS
 from extproc.local.stack import DEFAULT_PORT
 from extproc.providers import PROVIDERS, vertex_base_url
 from extproc.secrets import variable_of
-from extproc.settings import GOOGLE_ISSUER_KEYS, PROVIDER_BASE_URLS, TRANSPORTS, Settings, SettingsInvalid
+from extproc.settings import GOOGLE_ISSUER_KEYS, PROVIDER_BASE_URLS, TRANSPORTS, Dataset, Settings, SettingsInvalid
 
 DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -60,6 +60,10 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_KEYS_MAX_STALE_S": ("0", "keys_max_stale_s", 0),
     "TOLLGATE_JOURNAL_MAX_MIB": ("1", "journal_max_mib", 1),
     "TOLLGATE_DRAIN_TIMEOUT_S": ("0", "drain_timeout_s", 0),
+    "TOLLGATE_USAGE_STORE": ("bigquery://my-project/llm_usage", "dataset", Dataset("my-project", "llm_usage")),
+    "TOLLGATE_BIGQUERY_ENDPOINT": ("http://127.0.0.1:1", "bigquery_endpoint", "http://127.0.0.1:1"),
+    "TOLLGATE_SHIP": ("1", "ship", True),
+    "TOLLGATE_FLUSH_TIMEOUT_S": ("0", "flush_timeout_s", 0),
 }
 
 DEFAULTS = {
@@ -82,6 +86,11 @@ DEFAULTS = {
     "keys_max_stale_s": 86_400,
     "journal_max_mib": 512,
     "drain_timeout_s": 8,
+    "usage_store": "duckdb",
+    "dataset": None,
+    "bigquery_endpoint": None,
+    "ship": False,
+    "flush_timeout_s": 6,
 }
 
 
@@ -152,6 +161,7 @@ def test_added_issuers_are_those_besides_googles() -> None:
         ("TOLLGATE_KEYS_MAX_STALE_S", 0, 2_592_000),
         ("TOLLGATE_JOURNAL_MAX_MIB", 1, 1_000_000),
         ("TOLLGATE_DRAIN_TIMEOUT_S", 0, 3_600),
+        ("TOLLGATE_FLUSH_TIMEOUT_S", 0, 600),
     ],
     ids=str,
 )
@@ -177,6 +187,18 @@ UNUSABLE = {
     ],
     "TOLLGATE_NAMESPACE": ["{", "a}b", "{}", "a b", " "],
     "TOLLGATE_TRANSPORT": ["GRPC", "http"],
+    "TOLLGATE_USAGE_STORE": [
+        "bigquery:/p/d",
+        "bigquery://p",
+        "bigquery://p/",
+        "bigquery:///d",
+        "bigquery://p/d/t",
+        "bigquery://p/my-dataset",
+        "bigquery://p?/d",
+        "gs://p/d",
+    ],
+    "TOLLGATE_BIGQUERY_ENDPOINT": ["127.0.0.1:1", "ftp://h", "http://h:0"],
+    "TOLLGATE_SHIP": ["yes", "2"],
     "OPENAI_BASE_URL": [
         "api.openai.com",
         "ftp://o",
@@ -229,6 +251,7 @@ def test_the_documented_default_is_the_default(name: str) -> None:
     if field == "base_urls":
         defaults = {provider.base_url_variable: provider.base_url for provider in PROVIDERS.values()}
         default = {**defaults, "TOLLGATE_VERTEX_PROJECT": None, "TOLLGATE_VERTEX_LOCATION": "global"}[name]
+    default = {"TOLLGATE_USAGE_STORE": DEFAULTS["usage_store"], "TOLLGATE_SHIP": "0"}.get(name, default)
     if default in (None, GOOGLE):
         assert rows()[name].default == "none"
     else:

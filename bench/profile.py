@@ -35,6 +35,7 @@ from extproc.settings import Settings
 
 _AT_ONCE = 32  # requests under way, so that the ledger's commands share pipelines as they do under load
 _WHOLE, _STREAM = "application/json", "text/event-stream"
+_ID, _NAMESPACE = "x-request-id", "tollgate"
 _FILTER = "envoy.filters.http.ext_proc"
 _METADATA = 'filter_metadata { key: "tollgate" value { fields { key: "provider" value { string_value: "openai" } } } }'
 
@@ -62,6 +63,7 @@ class Messages:
         self.stream_body = self._body(b',"stream":true')
         self.body = self._body(b"")
         self.requests: deque[tuple[bytes, bytes]] = deque()
+        self._itinerary = self._itinerary_of = "-"
         self.responses = {kind: self._response(kind) for kind in (_WHOLE, _STREAM)}
         self.answer = pb.ProcessingRequest(
             response_body=pb.HttpBody(body=WHOLE_ANSWER, end_of_stream=True)
@@ -83,7 +85,20 @@ class Messages:
         pairs["x-tollgate-internal-route"] = "openai"
         target = pb.ProcessingRequest(request_headers=pb.HttpHeaders(headers=_headers(pairs)))
         target.attributes[_FILTER].fields["xds.upstream_host_metadata"].string_value = _METADATA
+        itinerary = self._itinerary.replace(self._itinerary_of, pairs["x-request-id"])
+        target.metadata_context.filter_metadata[_NAMESPACE].update({"itinerary": itinerary})
         return gate.SerializeToString(), target.SerializeToString()
+
+    async def learn_itinerary(self, processor: Processor) -> None:
+        """What the gate tells the target, as it says it for one request: the next ones differ by their id alone."""
+        gate_headers, _ = self._request()
+        request = pb.ProcessingRequest.FromString(gate_headers).request_headers.headers.headers
+        gate = Call(processor, "gate")
+        await gate.feed(gate_headers)
+        await gate.feed(self.body)
+        said = pb.ProcessingResponse.FromString(gate.last).dynamic_metadata[_NAMESPACE]["itinerary"]
+        gate.session.close()
+        self._itinerary, self._itinerary_of = said, next(h.raw_value.decode() for h in request if h.key == _ID)
 
     def _response(self, content_type: str) -> bytes:
         pairs = {":status": "200", "content-type": content_type, "x-envoy-attempt-count": "1"}
@@ -97,12 +112,14 @@ class Call:
     def __init__(self, processor: Processor, role: str) -> None:
         self._waiting: asyncio.Future[None] | None = None
         self.said = 0
+        self.last = b""
         session = processor._open(role, self._send, self._end)
         assert session is not None
         self.session: Session = session
 
     def _send(self, message: bytes) -> None:
         self.said += 1
+        self.last = message
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -195,6 +212,7 @@ Work = Callable[[Processor, Messages, int], Awaitable[None]]
 
 async def _measure(title: str, work: Work, count: int, lines: int) -> None:
     async with _processor() as (processor, messages):
+        await messages.learn_itinerary(processor)
         messages.prepare(3 * count if work is whole_requests else 3 * _AT_ONCE)
         await work(processor, messages, count // 4)
         loop_s, all_s = time.thread_time(), time.process_time()

@@ -49,6 +49,8 @@ def count_texts(texts: Iterable[str], count: Callable[[str], int], max_chars: in
     Texts of more than `max_chars` together are estimated from that many of their characters: no count costs more.
     """
     texts = tuple(texts)
+    if len(texts) == 1 and len(texts[0]) <= COUNT_SLICE_CHARS <= max_chars:
+        return count(texts[0])
     if sum(map(len, texts)) > max_chars:
         return _estimate("\n".join(texts), count, max_chars // COUNT_SLICE_CHARS)
     return sum(count(text[i : i + COUNT_SLICE_CHARS]) for text in texts for i in range(0, len(text), COUNT_SLICE_CHARS))
@@ -191,11 +193,16 @@ class StreamMeter:
             self.counted += count_texts(piece.texts, self._count, MAX_EVENT_COUNT_CHARS)  # all streams wait for it
             estimate = ceil(self.counted * self._factor)
             self.tokens = estimate if estimate > self._floor else self._floor
-        self._started.update(piece.started)
-        self._finished.update(piece.finished)
-        self._done = self._done or piece.done
-        self._unseen = self._unseen or piece.unseen
-        self.errored = self.errored or piece.error
+        if piece.started:
+            self._started.update(piece.started)
+        if piece.finished:
+            self._finished.update(piece.finished)
+        if piece.done:
+            self._done = True
+        if piece.unseen:
+            self._unseen = True
+        if piece.error:
+            self.errored = True
         if piece.usage is not None:
             self._take_usage(piece.usage, bool(piece.texts))
         if piece.service_tier is not None:

@@ -67,6 +67,8 @@ class Targets:
 class State(Enum):
     """Where an attempt stands."""
 
+    __hash__ = object.__hash__  # Enum's own is a Python function, and every event looks its state up
+
     ASKED = auto()
     BODY = auto()
     SENT = auto()

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
 import tiktoken
+
+from extproc.limits import CACHED_COUNT_CHARS, MAX_CACHED_COUNTS
 
 BPE_DIR = Path(__file__).parent / "bpe"
 
@@ -45,8 +47,13 @@ def counter(encoding: str) -> Callable[[str], int]:
     os.environ["TIKTOKEN_CACHE_DIR"] = str(BPE_DIR)
     encode = tiktoken.get_encoding(encoding).encode_ordinary
 
-    def count(text: str) -> int:
+    @lru_cache(maxsize=MAX_CACHED_COUNTS)
+    def count_short(text: str) -> int:
         return len(encode(text))
+
+    def count(text: str) -> int:
+        """Most texts are a word or two of a stream, and most words come again."""
+        return count_short(text) if len(text) <= CACHED_COUNT_CHARS else len(encode(text))
 
     return count
 

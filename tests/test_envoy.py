@@ -336,6 +336,17 @@ def test_chunks() -> None:
     assert (emptied.clear_body, emptied.body) == (True, None)
 
 
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 16_383, 16_384, 2_097_152])
+def test_texts_of_any_length(length: int) -> None:
+    text = "a" * length
+    response = told(ForwardRequest(text.encode(), ((text, text),), (text,), itinerary=text))
+    common = response.request_body.response
+    assert (common.body_mutation.body, set_headers(common.header_mutation)) == (text.encode(), [(text, text.encode())])
+    assert common.header_mutation.remove_headers == [text]
+    metadata = pb.ProcessingResponse.FromString(bytes(response)).dynamic_metadata
+    assert metadata.fields["tollgate"].struct_value.fields["itinerary"].string_value == text
+
+
 def test_trailers_are_dropped() -> None:
     assert told(DropTrailers(("a", "b"))).response_trailers.header_mutation.remove_headers == ["a", "b"]
 

@@ -184,10 +184,12 @@ def _plain_delta(event: dict[str, Any]) -> Piece | None:
     index, delta = choice.get("index"), choice.get("delta")
     if type(index) is not int or type(delta) is not dict or len(delta) != 1:
         return None
-    text = delta.get("content")
+    text, tier = delta.get("content"), event.get("service_tier")
     if type(text) is not str:
         return None
-    return Piece((text,) if text else (), started=(index,), service_tier=service_tier_of(event))
+    return Piece(
+        (text,) if text else (), None, False, (index,), service_tier=tier if type(tier) is str and tier else None
+    )
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

@@ -224,9 +224,14 @@ class ExtendLease:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Post what the request cost. Never lost: the shell journals it where the ledger cannot take it."""
+    """Post what the request cost. Never lost: the shell journals it where the ledger cannot take it.
+
+    `record` is the row of a request that was admitted: it is written too, and kept beside what was posted until a usage
+    store has it. A hold that is only given back has none.
+    """
 
     settlement: Settlement
+    record: UsageRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)

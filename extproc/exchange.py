@@ -728,12 +728,11 @@ class Exchange:
             searches = self._candidate.call.web_searches
         cost_nanousd = price.cost(usage, searches) if billed else 0
         actual = Amount(cost_nanousd, usage.prompt + usage.completion)
-        return [
-            Settle(Settlement(self._request_id, self._hold.windows, actual)),
-            *self._write(
-                outcome, self._status, usage, source, cost_nanousd=cost_nanousd, savings_nanousd=savings_nanousd
-            ),
-        ]
+        record = self._record(
+            outcome, self._status, usage, source, cost_nanousd=cost_nanousd, savings_nanousd=savings_nanousd
+        )
+        self._state = State.DONE
+        return [Settle(Settlement(self._request_id, self._hold.windows, actual), record)]
 
     def _price(self, service_tier: str | None) -> Price:
         """The price in the tier that the answer names, or, where that is not known, the one that was held for."""
@@ -824,16 +823,9 @@ class Exchange:
 
     # --- The record ---------------------------------------------------------------------------------------------------
 
-    def _write(
-        self,
-        outcome: Outcome,
-        status: int,
-        usage: Usage = Usage(0, 0),  # noqa: B008 (frozen)
-        source: UsageSource = UsageSource.COUNTED,
-        **money_nanousd: int,
-    ) -> list[Command]:
+    def _write(self, outcome: Outcome, status: int) -> list[Command]:
         self._state = State.DONE
-        return [WriteRecord(self._record(outcome, status, usage, source, **money_nanousd))]
+        return [WriteRecord(self._record(outcome, status, Usage(0, 0), UsageSource.COUNTED))]
 
     def _note(self) -> bytes:
         """The record as it would be if this processor died now; the ledger adds what its last checkpoint says."""

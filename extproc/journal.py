@@ -104,16 +104,18 @@ class Journal:
         queued = self._queue.qsize() >= MAX_JOURNAL_QUEUE // share
         return self._refused or self._stored > self._max_bytes // share or queued
 
-    def append(self, record: UsageRecord) -> None:
-        """Hand a record to the writer; never waits.
+    def append(self, record: UsageRecord) -> bytes:
+        """Hand a record to the writer; never waits. Returns its line.
 
         What an admitted request cost is always taken; while the journal is full, no new ones are admitted. Refusals are
         left out from half of `max_bytes` on: they cost nothing, and whoever has no token can cause them without end,
         which must not fill the journal and so refuse everyone.
         """
         if record.outcome is Outcome.REFUSED and self._holds_over(_REFUSALS_SHARE):
-            return
-        self._queue.put(encode(UsageRow(record)))
+            return b""
+        line = encode(UsageRow(record))
+        self._queue.put(line)
+        return line
 
     def append_orphan(self, record: UsageRecord) -> None:
         """The same for a request whose processor died: its own record, should there be one, takes precedence."""

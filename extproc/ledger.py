@@ -89,18 +89,21 @@ class Ledger:
         timeout_ms: int = 1_000,
         hold_ttl_ms: int = 60_000,
         wall_ms: Callable[[], int] = _wall_ms,
+        instance: str = "",
     ) -> None:
         """`url` is settings.redis_url. `wall_ms` only guesses the window of a hold: Redis's own clock decides.
 
-        A hold that is neither extended nor settled for `hold_ttl_ms` expires. Connects when it is first used.
+        A hold that is neither extended nor settled for `hold_ttl_ms` expires. The rows that come with settlements are
+        kept in the outbox of `instance`; without one they are not. Connects when it is first used.
         """
         if not re.fullmatch(r"[^{}]+", namespace):
             raise ValueError("a namespace is one character or more, without braces")
         self._prefix = f"{{{namespace}}}:"
-        self._due, self._orphans, self._index, self._factors = (
-            self._prefix + name for name in ("due", "orphans", "windows", "factors")
+        self._due, self._orphans, self._index, self._factors, self._outboxes, self._outbox = (
+            self._prefix + name for name in ("due", "orphans", "windows", "factors", "outboxes", f"outbox:{instance}")
         )
         self._timeout_s = timeout_ms / 1_000
+        self._instance = instance
         # Half of the deadline for one attempt leaves time for another, on another connection.
         self._attempt_s = self._timeout_s / 2
         self._hold_ttl_ms = hold_ttl_ms
@@ -137,10 +140,12 @@ class Ledger:
     def settle(self, settlement: Settlement) -> asyncio.Future[bool]:
         """Post what the request cost and release its hold. False where that was done before, or in a lost attempt.
 
-        Works without the hold too: then it posts to the settlement's windows. The future raises LedgerUnavailable.
+        Works without the hold too: then it posts to the settlement's windows. Its row stays in the outbox until it is
+        `stored`. The future raises LedgerUnavailable.
         """
-        keys = self._all_keys(settlement.request_id, settlement.windows)
-        figures = (settlement.actual.nanousd, settlement.actual.tokens)
+        held = (self._hold_key(settlement.request_id), self._due, self._orphans, self._index)
+        keys = (*held, self._outboxes, self._outbox, *map(self._window_key, settlement.windows))
+        figures = (settlement.actual.nanousd, settlement.actual.tokens, settlement.row if self._instance else "")
         return self._issue(self._script("settle", keys, figures, settlement.windows), bool)
 
     async def sweep(self) -> tuple[Orphan, ...]:
@@ -366,6 +371,8 @@ def load_scripts(clock: str | None = None) -> Mapping[str, _Script]:
         f"local SETTLED_RETENTION_MS = {limits.SETTLED_RETENTION_S * 1_000}\n"
         f"local WINDOW_RETENTION_MS = {limits.WINDOW_RETENTION_S * 1_000}\n"
         f"local MIN_FACTOR_PPM = {round(limits.MIN_FACTOR * _PPM)}\n"
+        f"local MAX_OUTBOX_ROWS = {limits.MAX_OUTBOX_ROWS}\n"
+        f"local OUTBOX_RETENTION_MS = {limits.OUTBOX_RETENTION_S * 1_000}\n"
         f"local MAX_FACTOR_PPM = {round(limits.MAX_FACTOR * _PPM)}\n"
     )
     shared = bounds + (clock or (lua / "clock.lua").read_text()) + (lua / "common.lua").read_text()

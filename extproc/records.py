@@ -281,11 +281,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """The end of a hold: what the request really cost. Carries the windows, so that it can be posted without a hold."""
+    """The end of a hold: what the request really cost. Carries the windows, so that it can be posted without a hold.
+
+    `row` is the request's line of the usage journal, which the ledger keeps until a usage store has it; "" for none.
+    """
 
     request_id: str
     windows: tuple[BudgetWindow, ...]
     actual: Amount
+    row: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from extproc.gate import Clock, Gate
 from extproc.google_tokens import GoogleTokens
 from extproc.health import HealthServer
 from extproc.identity import Identity
+from extproc.instance import instance_of
 from extproc.journal import Journal
 from extproc.keys import KeyStore
 from extproc.ledger import Ledger
@@ -29,7 +30,7 @@ from extproc.policy import parse_policy
 from extproc.policy_file import PolicyFile
 from extproc.pricing import PriceBook
 from extproc.providers import PROVIDERS
-from extproc.records import IdentityRules, Policy, Target
+from extproc.records import IdentityRules, Policy, Settlement, Target, UsageRecord
 from extproc.redaction import Redactor
 from extproc.secrets import FirstOf, SecretStore
 from extproc.session import Services, Session
@@ -76,6 +77,7 @@ class Processor:
             timeout_ms=settings.ledger_timeout_ms,
             hold_ttl_ms=settings.hold_ttl_ms,
         )
+            instance=instance_of(settings.state_dir),
         self._journal = Journal(
             settings.state_dir / "journal", max_bytes=settings.journal_max_mib * MIB, clock=_wall_ms
         )
@@ -85,7 +87,7 @@ class Processor:
         self._targets = Targets(settings.base_urls, self._all_secrets.key, _wall_ms)
         self._services = Services(
             ledger=self._ledger,
-            settle=self._settler.settle,
+            settle=self._settle,
             learn=self._learn,
             write=self._journal.append,
             refresh_keys=lambda issuer: asyncio.ensure_future(self._keys.refresh(issuer)),
@@ -180,6 +182,15 @@ class Processor:
 
         task = asyncio.create_task(learn())
         self._tasks.add(task)
+    def _settle(self, settlement: Settlement, record: UsageRecord | None) -> None:
+        """Post the settlement whatever becomes of its row, which is encoded once for the journal and the ledger."""
+        row = b""
+        try:
+            if record is not None:
+                row = self._journal.append(record)
+        finally:
+            self._settler.settle(Settlement(settlement.request_id, settlement.windows, settlement.actual, row.decode()))
+
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self) -> None:

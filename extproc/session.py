@@ -64,9 +64,9 @@ class Services:
     """Everything that commands need, shared by all sessions. None of these may block the event loop."""
 
     ledger: Ledger
-    settle: Callable[[Settlement], None]
+    settle: Callable[[Settlement, UsageRecord | None], None]
     learn: Callable[[Target, int, int], None]
-    write: Callable[[UsageRecord], None]
+    write: Callable[[UsageRecord], object]
     refresh_keys: Callable[[str], asyncio.Future[None]]
     count: Callable[[tuple[str, ...], str], asyncio.Future[int | None]]
 
@@ -197,7 +197,7 @@ class Session:
 
     def _settle(self, command: Settle) -> None:
         self._stop_timer()
-        self._services.settle(command.settlement)
+        self._services.settle(command.settlement, command.record)
 
     def _learn(self, command: Learn) -> None:
         self._services.learn(command.target, command.counted, command.billed)

@@ -205,8 +205,10 @@ class Talk:
                 assert _ANSWER_TO[asked] is type(command), f"{command} answers {asked}"
         if isinstance(command, WriteRecord | Settle):
             assert not self.all(type(command)), f"a second {type(command).__name__}"
+        if isinstance(command, WriteRecord) or (isinstance(command, Settle) and command.record):
+            assert not self.records, "a second record"
         if isinstance(command, PlaceHold | ExtendLease | SetTimer | CountPrompt | RefreshKeys):
-            assert not self.all(WriteRecord), f"{command} after the record"
+            assert not self.records, f"{command} after the record"
 
     def tick(self, ms: int) -> None:
         self.now_ns += ms * 1_000_000
@@ -227,8 +229,15 @@ class Talk:
         return found[0]
 
     @property
+    def records(self) -> list[UsageRecord]:
+        """The rows: of a request that was settled, and of one that was not."""
+        settled = [command.record for command in self.all(Settle) if command.record is not None]
+        return settled + [command.record for command in self.all(WriteRecord)]
+
+    @property
     def record(self) -> UsageRecord:
-        return self.one(WriteRecord).record
+        (record,) = self.records
+        return record
 
     @property
     def settlement(self) -> Settlement:

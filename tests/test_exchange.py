@@ -151,7 +151,7 @@ def test_after_a_broken_order_the_close_still_accounts_for_the_request(state: St
     talk.close()
     granted = state not in (State.START, State.IDENTIFYING, State.BODY, State.COUNTING, State.HOLDING, State.ABANDONED)
     assert len(talk.all(Settle)) == (granted and state not in (State.PASSING, State.DONE))
-    assert len(talk.all(WriteRecord)) == (state not in (State.START, State.PASSING))
+    assert len(talk.records) == (state not in (State.START, State.PASSING))
 
 
 # Refusals before the body ---------------------------------------------------------------------------------------------
@@ -767,7 +767,7 @@ def test_the_error_stands_clean_after_half_an_event() -> None:
 def test_a_cut_in_the_providers_last_chunk_needs_no_reset(closing: bytes) -> None:
     chunk = b"".join(words(5)) + closing
     talk = cut_talk(3, chunk, end=True)
-    assert kinds(talk.commands[-3:])[:2] == [ForwardChunk, Settle]
+    assert kinds(talk.commands[-2:]) == [ForwardChunk, Settle]
     assert talk.all(Reply) == []
     assert forwarded(talk.commands, [chunk]).startswith(b"".join(words(3)) + b'data: {"error"')
     assert (talk.settlement.actual, talk.record.outcome) == (cost(5), Outcome.CUT)
@@ -805,7 +805,7 @@ def test_an_error_that_comes_during_the_cut_does_not_make_it_another_end() -> No
 def test_trailers_and_late_leases_change_nothing_about_a_cut() -> None:
     talk = cut_talk(1, delta(" one two"))
     assert talk.feed(ResponseTrailers(("x",))) == talk.feed(LeaseAnswered(Lease(cost(500)))) == []
-    assert kinds(talk.feed(TimerFired())) == [Reply, Settle, WriteRecord]
+    assert kinds(talk.feed(TimerFired())) == [Reply, Settle]
 
 
 def test_envoys_messages_that_cross_the_reset_change_nothing() -> None:
@@ -1075,7 +1075,7 @@ def test_trailers_after_a_whole_stream_are_dropped() -> None:
 def test_trailers_after_less_reset_the_stream(stream: bytes) -> None:
     talk = Talk().streaming(1_000)
     talk.chunk(stream)
-    assert kinds(talk.feed(ResponseTrailers(()))) == [Reply, Settle, WriteRecord]
+    assert kinds(talk.feed(ResponseTrailers(()))) == [Reply, Settle]
     assert (talk.one(Reply).status, talk.record.outcome) == (502, Outcome.UPSTREAM_ERROR)
 
 
@@ -1083,7 +1083,7 @@ def test_trailers_wait_their_turn() -> None:
     talk = Talk().streaming(1)
     talk.chunk(delta(" one two", finish="stop") + DONE)
     assert talk.feed(ResponseTrailers(("x",))) == []
-    assert kinds(talk.lease(50)) == [ForwardChunk, DropTrailers, Settle, WriteRecord]
+    assert kinds(talk.lease(50)) == [ForwardChunk, DropTrailers, Settle]
     assert talk.record.outcome is Outcome.OK
 
 
@@ -1107,7 +1107,7 @@ def test_trailers_after_a_whole_answer() -> None:
 def test_trailers_after_an_errors_body_that_was_kept_back() -> None:
     talk = at(State.FAILING)
     talk.chunk(b"{}")
-    assert kinds(talk.feed(ResponseTrailers(()))) == [Reply, Settle, WriteRecord]
+    assert kinds(talk.feed(ResponseTrailers(()))) == [Reply, Settle]
     assert talk.settlement.actual == NOTHING
 
 
@@ -1240,7 +1240,7 @@ def test_answers_that_do_not_go_on(
     status: int, headers: tuple[tuple[str, str], ...], end: bool, actual: Amount
 ) -> None:
     talk = Talk().sent()
-    assert kinds(talk.answered(status, headers, end)) == [Reply, Settle, WriteRecord]
+    assert kinds(talk.answered(status, headers, end)) == [Reply, Settle]
     assert (talk.one(Reply).status, talk.error["code"]) == (502, "upstream_error")
     assert (talk.record.status, talk.record.outcome, talk.record.attempts) == (502, Outcome.UPSTREAM_ERROR, 2)
     assert talk.settlement.actual == actual
@@ -1271,7 +1271,7 @@ def test_an_error_is_kept_back_until_it_is_whole_and_redacted(headers: tuple[tup
 
 def test_an_error_without_a_body() -> None:
     talk = Talk().sent()
-    assert kinds(talk.answered(500, (), end=True)) == [ContinueResponse, Settle, WriteRecord]
+    assert kinds(talk.answered(500, (), end=True)) == [ContinueResponse, Settle]
     assert talk.record.status == 500
 
 
@@ -1299,7 +1299,7 @@ def test_no_secret_passes_in_a_stream(reflected: bytes) -> None:
 def test_no_secret_passes_in_a_whole_answer() -> None:
     talk = Talk().sent()
     talk.answered()
-    assert kinds(talk.chunk(answer(SECRET))) == [Reply, Settle, WriteRecord]
+    assert kinds(talk.chunk(answer(SECRET))) == [Reply, Settle]
     assert talk.one(Reply).status == talk.record.status == 502
     assert SECRET.encode() not in talk.one(Reply).body
 
@@ -1412,7 +1412,7 @@ def test_a_caller_that_leaves_pays_for_what_the_provider_wrote(
     for data in chunks:
         talk.chunk(data)
     commands = talk.close()
-    assert kinds(commands) == [Settle, WriteRecord]
+    assert kinds(commands) == [Settle]
     assert (talk.settlement.actual, talk.record.outcome, talk.record.status) == (cost(tokens), outcome, 200)
     assert talk.close() == talk.feed(LeaseAnswered(None)) == []
 

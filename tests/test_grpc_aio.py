@@ -19,7 +19,7 @@ from extproc.exchange import Exchange
 from extproc.gate import Clock
 from extproc.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from extproc.pb import ext_proc_pb2 as pb
-from extproc.records import Amount, Hold, Outcome, UsageRecord
+from extproc.records import Amount, Hold, Outcome, Settlement, UsageRecord
 from extproc.session import Services, Session
 from extproc.transports import ROLE, SERVICE, End, Send
 from extproc.transports.grpc_aio import GrpcServer
@@ -84,7 +84,7 @@ class Gateway:
                 exchange = Exchange(gate(Callers(), Clock(lambda: 1, lambda: 1)))
                 services = Services(
                     ledger=cast(Any, self),
-                    settle=self.settled.append,
+                    settle=self.settle,
                     learn=lambda *_: None,
                     write=self.records.append,
                     refresh_keys=lambda _: self.hold(None),
@@ -94,6 +94,10 @@ class Gateway:
             case "broken":
                 raise RuntimeError("no session")
         return None
+
+    def settle(self, settlement: Settlement, record: UsageRecord | None) -> None:
+        self.settled.append(settlement)
+        self.records.extend(filter(None, [record]))
 
     def hold(self, _: Any) -> asyncio.Future[Any]:
         self.holds.append(asyncio.get_running_loop().create_future())

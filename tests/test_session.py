@@ -42,7 +42,6 @@ from extproc.session import Services, Session
 from tests.exchanges import Callers, Talk, body, cost, gate, request_headers
 
 ASK = HoldAsk("id", (), NOTHING, NOTHING)
-SETTLE = Settle(Settlement("id", (), NOTHING))
 CHUNK = pb.ProcessingRequest(response_body=pb.HttpBody(body=b"x")).SerializeToString()
 
 
@@ -53,6 +52,7 @@ def a_record() -> WriteRecord:
 
 
 RECORD = a_record()
+SETTLE = Settle(Settlement("id", (), NOTHING), RECORD.record)
 
 
 class Machine:
@@ -97,7 +97,7 @@ class Shell:
         self.refuse: set[str] = set()
         services = Services(
             ledger=self.ledger,
-            settle=lambda settlement: self.note("settle", settlement),
+            settle=lambda *settled: self.note("settle", settled),
             learn=lambda *lesson: self.note("learn", lesson),
             write=lambda record: self.note("write", record),
             refresh_keys=lambda issuer: self.ask("keys", issuer),
@@ -154,7 +154,7 @@ async def test_commands_are_carried_out_in_their_order(shell: Shell) -> None:
     shell.feed(ForwardChunk(), SETTLE, RECORD, lesson)
     assert shell.kinds == ["send", "settle", "write", "learn"]
     assert shell.did[1:] == [
-        ("settle", SETTLE.settlement),
+        ("settle", (SETTLE.settlement, SETTLE.record)),
         ("write", RECORD.record),
         ("learn", (lesson.target, 40, 44)),
     ]
@@ -369,9 +369,9 @@ async def test_a_hold_that_is_granted_too_late_is_given_back(how: str) -> None:
     shell.ledger.future.set_result(Hold("id", (), cost(1_000)))
     await turns()
     assert shell.kinds.count("write") == shell.kinds.count("settle") == 1
-    (settlement,) = (value for what, value in shell.did if what == "settle")
+    ((settlement, row),) = (value for what, value in shell.did if what == "settle")
     (record,) = (value for what, value in shell.did if what == "write")
-    assert settlement.actual == NOTHING
+    assert (settlement.actual, row) == (NOTHING, None)
     assert record.outcome is (Outcome.REFUSED if how == "time runs out" else Outcome.CLIENT_GONE)
 
 

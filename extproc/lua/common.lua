@@ -9,6 +9,8 @@
 --   {ns}:windows                zset    windows' keys by the time that Redis forgets them
 --   {ns}:orphans                hash    expired holds that no usage record was written for yet
 --   {ns}:factors                hash    learned factor per model, in parts per million
+--   {ns}:outbox:<instance>      hash    usage rows of settled requests, by their holds' keys, until a usage store has them
+--   {ns}:outboxes               zset    outboxes by the time that their instance was last heard of
 --
 -- Lua's numbers are doubles: whole below 2^53, and written with %.0f, since tostring rounds to 14 digits.
 
@@ -75,13 +77,15 @@ local function describe(index, window)
 end
 
 local function read_hold(key)
-  local stored = redis.call('HMGET', key, 'state', 'nanousd', 'tokens', 'used_nanousd', 'used_tokens', 'windows', 'note')
+  local stored = redis.call('HMGET', key, 'state', 'nanousd', 'tokens', 'used_nanousd', 'used_tokens', 'windows', 'note',
+    'stored')
   return {
     state = stored[1],
     held = { nanousd = tonumber(stored[2] or 0), tokens = tonumber(stored[3] or 0) },
     used = { nanousd = tonumber(stored[4] or 0), tokens = tonumber(stored[5] or 0) },
     windows = stored[6],
     note = stored[7],
+    stored = stored[8],
   }
 end
 

@@ -69,6 +69,8 @@ def serve(workers: int | None) -> None:
 
     settings = Settings.from_environment(os.environ)
     count = workers or pool.default_workers()
+    if settings.envoy_config_path is not None:
+        _render(settings, settings.envoy_config_path, count)
     if count == 1:
         serve.main(settings)
     else:
@@ -217,6 +219,19 @@ def with_untouched(balances: tuple[Balance, ...], policy: Policy, now_ms: int) -
 
 def _named(rule: BudgetRule) -> Principal:
     return Principal(email=rule.id, service=rule.id, team=rule.id, user=rule.id)
+
+
+def _render(settings: Settings, path: Path, workers: int) -> None:
+    """Envoy's configuration, for a container of its own."""
+    from extproc import envoy_config
+    from extproc.providers import PROVIDERS
+    from extproc.secrets import SecretStore
+    from extproc.workers import worker_socket
+
+    keys = SecretStore.of(settings.secrets_dir, os.environ, PROVIDERS)
+    with_key = {name for name in PROVIDERS if keys.key(name) is not None}
+    sockets = [worker_socket(settings.socket_path, number) for number in range(workers)]
+    envoy_config.write(path, sockets, envoy_config.in_use(settings.base_urls, os.environ, with_key))
 
 
 def _stack_settings() -> Settings:

@@ -43,6 +43,7 @@ from extproc.transports import End, Send
 from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
 
+_TURN_TIMEOUT_S = 2.0  # longer than anything that the event loop does at once
 _WATCH_S = 1.0  # how often Redis and the learned factors are looked at
 
 _TRANSPORTS: dict[str, type[GrpcServer] | type[WireServer]] = {"grpc": GrpcServer, "wire": WireServer}
@@ -96,7 +97,7 @@ class Processor:
         self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
         self._use(self._policy_file.policy)
         self._server = _TRANSPORTS[settings.transport](f"unix:{settings.socket_path}", self._open, self.lacking)
-        self._health = HealthServer(self.lacking, settings.health_port)
+        self._health = HealthServer(self.lacking, self._turns, settings.health_port, settings.health_host)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`, then drain."""
@@ -110,6 +111,7 @@ class Processor:
         self._sweeper.start()
         self._policy_file.start()
         watching = asyncio.create_task(self._watch())
+        self._loop = asyncio.get_running_loop()
         self._health.start()
         self._settings.socket_path.parent.mkdir(parents=True, exist_ok=True)
         await self._server.start()
@@ -132,6 +134,17 @@ class Processor:
         if self._journal.full:
             return "the usage journal is full"
         return None
+
+    def _turns(self) -> bool:
+        """Whether the event loop does. Called from the health thread."""
+
+        async def turn() -> bool:
+            return True
+
+        try:
+            return asyncio.run_coroutine_threadsafe(turn(), self._loop).result(_TURN_TIMEOUT_S)
+        except TimeoutError:
+            return False
 
     def _use(self, policy: Policy) -> None:
         settings = self._settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -46,6 +47,8 @@ class Settings:
     state_dir: Path
     usage_db_path: Path
     health_port: int = 9091
+    health_host: str = "127.0.0.1"
+    envoy_config_path: Path | None = None
     transport: str = TRANSPORTS[0]
     secrets_dir: Path | None = None
     base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
@@ -83,6 +86,8 @@ class Settings:
             state_dir=state_dir,
             usage_db_path=Path(env.get("TOLLGATE_USAGE_DB") or state_dir / "usage.duckdb"),
             health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
+            health_host=_address(env, "TOLLGATE_HEALTH_HOST", "127.0.0.1"),
+            envoy_config_path=Path(env["TOLLGATE_ENVOY_CONFIG"]) if env.get("TOLLGATE_ENVOY_CONFIG") else None,
             transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
             secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
             base_urls=_base_urls(env),
@@ -111,6 +116,14 @@ def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: in
     if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise SettingsInvalid(f"{name} must be a whole number from {low} to {high}")
     return int(text)
+
+
+def _address(env: Mapping[str, str], name: str, default: str) -> str:
+    value = env.get(name) or default
+    try:
+        return str(ip_address(value))
+    except ValueError:
+        raise SettingsInvalid(f"{name} must be an IP address") from None
 
 
 def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:

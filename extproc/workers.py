@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.health import HealthServer
+from extproc.health import LIVE, HealthServer
 from extproc.limits import MAX_WORKERS
 from extproc.process import Child
 from extproc.settings import Settings
@@ -63,7 +63,7 @@ async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sockets = [worker_socket(settings.socket_path, number) for number in range(count)]
-    health = HealthServer(_lacking(sockets), settings.health_port)
+    health = HealthServer(_lacking(sockets), _alive(sockets), settings.health_port, settings.health_host)
     health.start()
     workers = [asyncio.create_task(_Worker(settings, env, path).keep(stop)) for path in sockets]
     _log.info("%d workers, health on port %d", count, health.port)
@@ -104,16 +104,24 @@ class _Worker:
 
 def _lacking(sockets: list[Path]) -> Callable[[], str | None]:
     """Ready while any worker is: Envoy sends streams to those that are."""
+    any_is_ready = _any(sockets, "")
+    return lambda: None if any_is_ready() else "no worker is ready"
+
+
+def _alive(sockets: list[Path]) -> Callable[[], bool]:
+    """Alive while any worker is: one that ends is started again here."""
+    return _any(sockets, LIVE)
+
+
+def _any(sockets: list[Path], service: str) -> Callable[[], bool]:
+    """Whether any worker says that it serves. Asks one after the other."""
     stubs = [health_pb2_grpc.HealthStub(grpc.insecure_channel(f"unix:{path}")) for path in sockets]
 
-    def lacking() -> str | None:
-        for stub in stubs:
-            try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_CHECK_TIMEOUT_S)
-            except grpc.RpcError:
-                continue
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return None
-        return "no worker is ready"
+    def serves(stub: health_pb2_grpc.HealthStub) -> bool:
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=_CHECK_TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    return lacking
+    return lambda: any(map(serves, stubs))

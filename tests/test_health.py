@@ -10,15 +10,17 @@ import grpc_testing
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.health import Health, HealthServer
+from extproc.health import LIVE, Health, HealthServer
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 CHECK = SERVICE.methods_by_name["Check"]
 STATES = health_pb2.HealthCheckResponse
 
 
-def check(lacking: str | None, service: str = "") -> tuple[int | None, grpc.StatusCode]:
-    server = grpc_testing.server_from_dictionary({SERVICE: Health(lambda: lacking)}, grpc_testing.strict_real_time())
+def check(lacking: str | None, service: str = "", *, alive: bool = True) -> tuple[int | None, grpc.StatusCode]:
+    server = grpc_testing.server_from_dictionary(
+        {SERVICE: Health(lambda: lacking, lambda: alive)}, grpc_testing.strict_real_time()
+    )
     call = server.invoke_unary_unary(CHECK, (), health_pb2.HealthCheckRequest(service=service), None)
     response, _, code, _ = call.termination()
     return (response.status if response is not None else None), code
@@ -29,6 +31,11 @@ def check(lacking: str | None, service: str = "") -> tuple[int | None, grpc.Stat
 )
 def test_a_check(lacking: str | None, status: int) -> None:
     assert check(lacking) == (status, grpc.StatusCode.OK)
+
+
+@pytest.mark.parametrize(("alive", "status"), [(True, STATES.SERVING), (False, STATES.NOT_SERVING)])
+def test_what_lacks_something_lives_all_the_same(alive: bool, status: int) -> None:
+    assert check("Redis cannot be used", LIVE, alive=alive) == (status, grpc.StatusCode.OK)
 
 
 def test_a_service_that_is_not_here_is_not_found() -> None:
@@ -42,7 +49,7 @@ def lacking() -> list[str]:
 
 @pytest.fixture
 def stub(lacking: list[str]) -> Iterator[health_pb2_grpc.HealthStub]:
-    server = HealthServer(lambda: lacking[0] if lacking else None, 0)
+    server = HealthServer(lambda: lacking[0] if lacking else None, lambda: True, 0)
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield health_pb2_grpc.HealthStub(channel)
@@ -57,7 +64,7 @@ def test_over_a_port_it_says_how_things_are_now(stub: health_pb2_grpc.HealthStub
 
 
 def test_a_closed_server_takes_no_more_probes() -> None:
-    server = HealthServer(lambda: None, 0)
+    server = HealthServer(lambda: None, lambda: True, 0)
     server.start()
     server.close()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel, pytest.raises(grpc.RpcError) as raised:
@@ -71,7 +78,7 @@ def test_checks_do_not_run_in_the_main_thread() -> None:
     def ready() -> None:
         threads.append(threading.current_thread().name)
 
-    server = HealthServer(ready, 0)
+    server = HealthServer(ready, lambda: True, 0)
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
@@ -80,7 +87,7 @@ def test_checks_do_not_run_in_the_main_thread() -> None:
 
 
 def test_a_taken_port_is_refused_in_one_line() -> None:
-    server = HealthServer(lambda: None, 0)
+    server = HealthServer(lambda: None, lambda: True, 0)
     with pytest.raises(OSError, match=rf"^TOLLGATE_HEALTH_PORT {server.port} [^\n]+$"):
-        HealthServer(lambda: None, server.port)
+        HealthServer(lambda: None, lambda: True, server.port)
     server.close()

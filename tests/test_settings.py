@@ -38,6 +38,8 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_STATE_DIR": ("/var/t", "state_dir", Path("/var/t")),
     "TOLLGATE_USAGE_DB": ("/var/u.db", "usage_db_path", Path("/var/u.db")),
     "TOLLGATE_HEALTH_PORT": ("0", "health_port", 0),
+    "TOLLGATE_HEALTH_HOST": ("0.0.0.0", "health_host", "0.0.0.0"),
+    "TOLLGATE_ENVOY_CONFIG": ("/run/envoy.yaml", "envoy_config_path", Path("/run/envoy.yaml")),
     "TOLLGATE_TRANSPORT": ("grpc", "transport", "grpc"),
     "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
     **{
@@ -187,6 +189,7 @@ UNUSABLE = {
     ],
     "TOLLGATE_NAMESPACE": ["{", "a}b", "{}", "a b", " "],
     "TOLLGATE_TRANSPORT": ["GRPC", "http"],
+    "TOLLGATE_HEALTH_HOST": ["localhost", "0", "127.0.0.1:9091"],
     "TOLLGATE_USAGE_STORE": [
         "bigquery:/p/d",
         "bigquery://p",

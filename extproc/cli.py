@@ -4,22 +4,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import re
-import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from extproc.errors import LedgerUnavailable, PolicyInvalid
 from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_WORKERS
 from extproc.records import Balance, BudgetRule, Policy, Principal, Scope
-from extproc.settings import Settings, SettingsInvalid
+from extproc.settings import Dataset, Settings, SettingsInvalid
 from extproc.sinks import SinkUnavailable
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def serve(workers: int | None) -> None:
     count = workers or pool.default_workers()
     if settings.envoy_config_path is not None:
         _render(settings, settings.envoy_config_path, count)
-    if count == 1:
+    if count == 1 and not settings.ship:
         serve.main(settings)
     else:
         _policy(settings.policy_path)  # a policy that cannot be used is said once, not by every worker
@@ -81,21 +79,67 @@ def serve(workers: int | None) -> None:
 @main.command()
 def ship() -> None:
     """Ship the usage journal into the usage store, until SIGTERM."""
-    from extproc.shipper import AlreadyShipping, Shipper
-    from extproc.sinks.duckdb import DuckDbSink
+    from extproc import ship
+    from extproc.shipper import AlreadyShipping
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings.from_environment(os.environ)
-    ends = {signal.SIGTERM, signal.SIGINT}
-    # Blocked and asked for, rather than handled: a batch is never interrupted.
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    settings.usage_db_path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shipper = Shipper(settings.state_dir / "journal", DuckDbSink(settings.usage_db_path))
+        ship.main(Settings.from_environment(os.environ), sys.stdout.buffer)
     except AlreadyShipping as error:
         raise click.ClickException(str(error)) from error
-    shipper.run(lambda seconds: signal.sigtimedwait(ends, seconds) is not None)
-    shipper.close()
+
+
+@main.group()
+def bigquery() -> None:
+    """The usage store in BigQuery that TOLLGATE_USAGE_STORE names."""
+
+
+@bigquery.command()
+@click.option("--location", default="US", show_default=True, help="Where a new dataset is created.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+def apply(location: str, dry_run: bool) -> None:
+    """Create the dataset, its tables and views, or bring them up to this version: add columns, update views."""
+    from extproc.bigquery_schema import changes
+    from extproc.sinks.bigquery import FAILURES, connect, one_line
+
+    settings = _stack_settings()
+    dataset = _dataset(settings)
+    done = 0
+    try:
+        for change in changes(connect(dataset, settings.bigquery_endpoint), dataset, location):
+            if change.make is None:
+                click.echo(f"left as it is: {change.what}")
+                continue
+            if not dry_run:
+                change.make()
+            click.echo(f"{'would ' if dry_run else ''}{change.what}")
+            done += 1
+    except FAILURES as error:
+        raise click.ClickException(f"{dataset}: {one_line(error)}") from error
+    if not done:
+        click.echo(f"{dataset}: nothing to do")
+
+
+@bigquery.command()
+@click.argument("file", type=click.File("rb"))
+def load(file: BinaryIO) -> None:
+    """Store the usage rows that went out as log lines, from a log, an export of Cloud Logging, or `rejected.jsonl`.
+
+    Rows that the store has already change nothing, so that a file may be loaded twice.
+    """
+    from extproc import loading
+    from extproc.sinks.bigquery import connect
+
+    settings = _stack_settings()
+    dataset = _dataset(settings)
+    try:
+        loaded = loading.load(file, dataset, lambda: connect(dataset, settings.bigquery_endpoint))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    for problem in loaded.problems:
+        click.echo(problem, err=True)
+    click.echo(f"{loaded.rows} rows loaded; {loaded.without} lines had none")
+    if loaded.problems:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -133,6 +177,8 @@ def usage(as_json: bool, wide: bool, last: int | None) -> None:
     from extproc.sinks.duckdb import read_usage
 
     settings = _stack_settings()
+    if settings.dataset is not None:
+        raise click.ClickException(f"usage goes to BigQuery: ask the view `{settings.dataset}.usage`")
     if not settings.usage_db_path.exists():
         raise click.ClickException(f"there is no usage store at {settings.usage_db_path}: {_IS_IT_RUNNING}")
     records = read_usage(settings.usage_db_path, last or (None if as_json else _TABLE_RECORDS))
@@ -234,6 +280,12 @@ def _render(settings: Settings, path: Path, workers: int) -> None:
     envoy_config.write(path, sockets, envoy_config.in_use(settings.base_urls, os.environ, with_key))
 
 
+def _dataset(settings: Settings) -> Dataset:
+    if settings.dataset is None:
+        raise click.ClickException("TOLLGATE_USAGE_STORE names no dataset: set it to bigquery://PROJECT/DATASET")
+    return settings.dataset
+
+
 def _stack_settings() -> Settings:
     return Settings.from_environment(stack_environment(os.environ))
 
@@ -255,17 +307,10 @@ def _located(path: Path, problem: str) -> str:
 
 
 def _balances(settings: Settings, now_ms: int) -> tuple[Balance, ...]:
-    from extproc.ledger import Ledger
-
-    async def read() -> tuple[Balance, ...]:
-        ledger = Ledger(settings.redis_url, namespace=settings.namespace, timeout_ms=settings.ledger_timeout_ms)
-        try:
-            return await ledger.balances(now_ms)
-        finally:
-            await ledger.close()
+    from extproc.snapshots import read_balances
 
     try:
-        return asyncio.run(read())
+        return read_balances(settings, now_ms)
     except (LedgerUnavailable, ValueError) as error:  # ValueError: what redis-py says of an address
         raise click.ClickException(f"the ledger cannot be read ({error}): {_IS_IT_RUNNING}") from error
 

@@ -312,6 +312,25 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetSnapshot:
+    """One budget's figures at a time, in its unit. The names are the columns of every usage store's `budget_snapshots`.
+
+    `ts` and `resets_at` are RFC 3339 in UTC; `resets_at` is None for a total.
+    """
+
+    ts: str
+    budget_id: str
+    scope: Scope
+    period: Window
+    unit: Unit
+    mode: Mode
+    limit_amount: int
+    posted: int
+    pending: int
+    resets_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer. `prompt` includes `cached_prompt` (read from the provider's cache), `cache_write_prompt`
     (written to it, at a price of its own) and audio; `completion` includes `reasoning` and audio. `web_searches` is

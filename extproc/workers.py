@@ -21,13 +21,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from extproc.health import LIVE, HealthServer
 from extproc.limits import MAX_WORKERS
 from extproc.process import Child
+from extproc.providers import PROVIDERS
 from extproc.settings import Settings
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "<quota> <period>", or "max <period>"
 _CHECK_TIMEOUT_S = 1.0
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
-_STABLE_S = 10.0  # a worker that has run so long starts again at once
+_STABLE_S = 10.0  # a child that has run so long starts again at once
 _KILL_AFTER_S = 2.0  # beyond the drain
+_FLUSH_KILL_AFTER_S = 1.0  # beyond the flush, which keeps its own time
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +55,10 @@ def worker_socket(socket_path: Path, number: int) -> Path:
 
 
 def run(settings: Settings, env: Mapping[str, str], count: int) -> None:
-    """Run `count` workers until SIGTERM or SIGINT. They drain, and have the time that one processor has."""
+    """Run `count` workers until SIGTERM or SIGINT, and the shipper where the settings say so.
+
+    The workers drain, and have the time that one processor has; then the shipper flushes.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_run(settings, env, count))
 
@@ -65,39 +70,64 @@ async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:
     sockets = [worker_socket(settings.socket_path, number) for number in range(count)]
     health = HealthServer(_lacking(sockets), _alive(sockets), settings.health_port, settings.health_host)
     health.start()
-    workers = [asyncio.create_task(_Worker(settings, env, path).keep(stop)) for path in sockets]
+    drained = asyncio.Event()  # the shipper ships on until the workers have written their last rows
+    workers = [asyncio.create_task(_worker(settings, env, path).keep(stop)) for path in sockets]
+    others = [asyncio.create_task(_when_ended(workers, drained))]
+    if settings.ship:
+        others.append(asyncio.create_task(_shipper(settings, env).keep(drained)))
     _log.info("%d workers, health on port %d", count, health.port)
-    await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+    await asyncio.wait([*workers, *others], return_when=asyncio.FIRST_EXCEPTION)
     stop.set()
     health.close()
-    await asyncio.gather(*workers)
+    await asyncio.gather(*workers, *others)
 
 
-class _Worker:
-    """One worker's process, and the next one after it."""
+async def _when_ended(tasks: list[asyncio.Task[None]], event: asyncio.Event) -> None:
+    await asyncio.wait(tasks)
+    event.set()
 
-    def __init__(self, settings: Settings, env: Mapping[str, str], path: Path) -> None:
-        self._path = path
-        self._grace_s = settings.drain_timeout_s + _KILL_AFTER_S
-        self._env = {**env, "TOLLGATE_SOCKET": str(path), "TOLLGATE_HEALTH_PORT": "0"}
+
+def _worker(settings: Settings, env: Mapping[str, str], path: Path) -> _Kept:
+    own = {"TOLLGATE_SOCKET": str(path), "TOLLGATE_HEALTH_PORT": "0", "TOLLGATE_SHIP": "0"}
+    grace_s = settings.drain_timeout_s + _KILL_AFTER_S
+    return _Kept(f"worker {path.stem}", ("serve", "--workers", "1"), {**env, **own}, grace_s, path)
+
+
+def _shipper(settings: Settings, env: Mapping[str, str]) -> _Kept:
+    """It needs no provider's key."""
+    keys = {provider.key_variable for provider in PROVIDERS.values()}
+    without_keys = {name: value for name, value in env.items() if name not in keys}
+    return _Kept("shipper", ("ship",), without_keys, settings.flush_timeout_s + _FLUSH_KILL_AFTER_S)
+
+
+class _Kept:
+    """One child's process, and the next one after it. `socket` is removed before each."""
+
+    def __init__(
+        self, name: str, command: tuple[str, ...], env: Mapping[str, str], grace_s: float, socket: Path | None = None
+    ) -> None:
+        self._name = name
+        self._command = (sys.executable, "-m", "extproc", *command)
+        self._env = env
+        self._grace_s = grace_s
+        self._socket = socket
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Keep a process running until `stop`."""
         backoff_s = _MIN_BACKOFF_S
         stopping = asyncio.ensure_future(stop.wait())
         while not stop.is_set():
-            self._path.unlink(missing_ok=True)
+            if self._socket is not None:
+                self._socket.unlink(missing_ok=True)
             started_s = time.monotonic()
-            child = await Child.start(
-                self._path.stem, (sys.executable, "-m", "extproc", "serve", "--workers", "1"), self._env
-            )
+            child = await Child.start(self._name, self._command, self._env)
             ended = asyncio.ensure_future(child.wait())
             await asyncio.wait((stopping, ended), return_when=asyncio.FIRST_COMPLETED)
             code = await child.stop(self._grace_s)
             if stop.is_set():
                 return
             backoff_s = _MIN_BACKOFF_S if time.monotonic() - started_s > _STABLE_S else backoff_s
-            _log.error("worker %s ended with code %d; the next one starts in %.1f s", self._path.stem, code, backoff_s)
+            _log.error("the %s ended with code %d; the next one starts in %.1f s", self._name, code, backoff_s)
             await asyncio.wait((stopping,), timeout=backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 

@@ -12,6 +12,9 @@ from extproc.sinks import UsageRow
 class PlainSink:
     """A store without a key: a row that comes twice is there twice. Another sink behind the same seam, on SQLite."""
 
+    batch_rows = 500
+    interval_s = 0.2
+
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.execute("CREATE TABLE IF NOT EXISTS usage (request_id)")

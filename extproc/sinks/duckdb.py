@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 import duckdb
 from pydantic import TypeAdapter
 
-from extproc.records import UsageRecord
+from extproc.limits import MAX_SHIP_BYTES
+from extproc.records import BudgetSnapshot, UsageRecord
 from extproc.sinks import SinkUnavailable, UsageRow
 
 _COLUMNS = {
@@ -43,17 +45,42 @@ _COLUMNS = {
     "cache_savings_nanousd": "BIGINT",
 }
 _TYPES = {**_COLUMNS, "orphan": "BOOLEAN"}
+_SNAPSHOT_TYPES = {
+    "ts": "TIMESTAMPTZ",
+    "budget_id": "VARCHAR",
+    "scope": "VARCHAR",
+    "period": "VARCHAR",
+    "unit": "VARCHAR",
+    "mode": "VARCHAR",
+    "limit_amount": "BIGINT",
+    "posted": "BIGINT",
+    "pending": "BIGINT",
+    "resets_at": "TIMESTAMPTZ",
+}
 
-_CREATE_USAGE = f"""
-    CREATE TABLE IF NOT EXISTS usage ({", ".join(f'"{name}" {type_}' for name, type_ in _TYPES.items())},
-        PRIMARY KEY (request_id))
-"""
+
+def _definition(types: dict[str, str]) -> str:
+    return ", ".join(f'"{name}" {type_}' for name, type_ in types.items())
+
+
+def _names(types: dict[str, str]) -> str:
+    return ", ".join(f'"{name}"' for name in types)
+
+
+_CREATE_USAGE = f"CREATE TABLE IF NOT EXISTS usage ({_definition(_TYPES)}, PRIMARY KEY (request_id))"
+# What a store of an older version lacks. Their order is not this one's then: every statement names its columns.
+_ADD_COLUMNS = [f'ALTER TABLE usage ADD COLUMN IF NOT EXISTS "{name}" {type_}' for name, type_ in _COLUMNS.items()]
+_CREATE_SNAPSHOTS = f"CREATE TABLE IF NOT EXISTS budget_snapshots ({_definition(_SNAPSHOT_TYPES)})"
 _CREATE_OFFSETS = "CREATE TABLE IF NOT EXISTS journal_offsets (segment VARCHAR PRIMARY KEY, bytes BIGINT)"
 # One array a column: a thousand rows take 40 ms, where executemany takes 900.
 _INSERT_USAGE = f"""
-    INSERT INTO usage SELECT {", ".join(f"unnest(?::{type_}[])" for type_ in _TYPES.values())}
+    INSERT INTO usage ({_names(_TYPES)}) SELECT {", ".join(f"unnest(?::{type_}[])" for type_ in _TYPES.values())}
     ON CONFLICT (request_id) DO UPDATE SET {", ".join(f'"{name}" = excluded."{name}"' for name in [*_TYPES][1:])}
     WHERE usage.orphan AND NOT excluded.orphan
+"""
+_INSERT_SNAPSHOTS = f"""
+    INSERT INTO budget_snapshots ({_names(_SNAPSHOT_TYPES)})
+    SELECT {", ".join(f"unnest(?::{type_}[])" for type_ in _SNAPSHOT_TYPES.values())}
 """
 _SELECT_USAGE = f"""
     SELECT {", ".join("epoch_us(ts)" if name == "ts" else f'"{name}"' for name in _COLUMNS)}
@@ -64,16 +91,22 @@ _OPEN_TIMEOUT_S = 5.0  # a batch takes a tenth of a second; a dead process holds
 _OPEN_RETRY_S = 0.02
 
 _usage_record = TypeAdapter(UsageRecord)
+_DEFAULTED = {field.name for field in dataclasses.fields(UsageRecord) if field.default is not dataclasses.MISSING}
 
 
 class DuckDbSink:
-    """Table `usage`: UsageRecord's columns, and `orphan`. Created where missing; all here raises SinkUnavailable."""
+    """Tables `usage` (UsageRecord's columns, and `orphan`) and `budget_snapshots`. Tables and columns are created where
+    they are missing; all here raises SinkUnavailable.
+    """
+
+    batch_rows = MAX_SHIP_BYTES  # no bound of its own: a transaction takes what is read at once
+    interval_s = 0.2
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._transaction() as db:
-            db.execute(_CREATE_USAGE)
-            db.execute(_CREATE_OFFSETS)
+            for statement in (_CREATE_USAGE, *_ADD_COLUMNS, _CREATE_SNAPSHOTS, _CREATE_OFFSETS):
+                db.execute(statement)
 
     def offset(self, segment: str) -> int:
         with self._transaction() as db:
@@ -89,6 +122,11 @@ class DuckDbSink:
     def forget(self, segment: str) -> None:
         with self._transaction() as db:
             db.execute("DELETE FROM journal_offsets WHERE segment = ?", [segment])
+
+    def write_snapshots(self, snapshots: Sequence[BudgetSnapshot]) -> None:
+        columns = [[_moment(getattr(row, name), type_) for row in snapshots] for name, type_ in _SNAPSHOT_TYPES.items()]
+        with self._transaction() as db:
+            db.execute(_INSERT_SNAPSHOTS, columns)
 
     @contextmanager
     def _transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -141,12 +179,17 @@ def _one_a_request(rows: Sequence[UsageRow]) -> list[UsageRow]:
 
 def _columns(rows: Sequence[UsageRow]) -> list[list[Any]]:
     """One list for each of `_TYPES`."""
-    values = {name: [getattr(row.record, name) for row in rows] for name in _COLUMNS}
-    values["ts"] = [datetime.fromisoformat(ts) for ts in values["ts"]]
-    return [*values.values(), [row.orphan for row in rows]]
+    values = [[_moment(getattr(row.record, name), type_) for row in rows] for name, type_ in _COLUMNS.items()]
+    return [*values, [row.orphan for row in rows]]
+
+
+def _moment(value: Any, type_: str) -> Any:
+    return datetime.fromisoformat(value) if value is not None and type_ == "TIMESTAMPTZ" else value
 
 
 def _record(row: tuple[Any, ...]) -> UsageRecord:
-    values = dict(zip(_COLUMNS, row, strict=True))
+    pairs = zip(_COLUMNS, row, strict=True)
+    # Null in the rows of before a column was added.
+    values = {name: value for name, value in pairs if value is not None or name not in _DEFAULTED}
     ts = datetime.fromtimestamp(values["ts"] / 1e6, UTC)
     return _usage_record.validate_python(values | {"ts": ts.isoformat(timespec="milliseconds").replace("+00:00", "Z")})

@@ -1,0 +1,85 @@
+"""The process `tollgate ship`: the usage journal into the usage store, and what the budgets have left with it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import BinaryIO, Protocol
+
+from extproc.settings import Dataset, Settings
+from extproc.shipper import Shipper
+from extproc.sinks import Sink, SnapshotSink
+from extproc.snapshots import Snapshots, read_balances
+from extproc.unshipped import Rejected
+
+_ENDS = {signal.SIGTERM, signal.SIGINT}
+_CHECK_S = 0.5
+_SHIPPING_SHARE = 2 / 3  # of the flush; the rest is for writing out what the store has not taken
+
+_log = logging.getLogger(__name__)
+
+
+class _Store(Sink, SnapshotSink, Protocol):
+    """Both halves of a usage store."""
+
+
+def main(settings: Settings, out: BinaryIO) -> None:
+    """Ship until SIGTERM, then flush. Raises AlreadyShipping, SinkUnavailable or OSError where it cannot start.
+
+    A store that is not on this machine has TOLLGATE_FLUSH_TIMEOUT_S: what it has not taken goes to `out` as log lines,
+    because the journal's disk may go with the machine.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Blocked and asked for, rather than handled: before there are threads, which inherit it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    directory = settings.state_dir / "journal"
+    directory.mkdir(parents=True, exist_ok=True)
+    rejected = Rejected(directory)
+    sink = _store(settings, rejected)
+    shipper = Shipper(directory, sink, rejected=rejected)
+    snapshots = Snapshots(lambda now_ms: read_balances(settings, now_ms), sink)
+
+    stop, abandoned = threading.Event(), threading.Event()
+    remote = settings.dataset is not None
+    shipping = _start(lambda: shipper.run(stop.wait, abandoned.wait if remote else lambda _: True))
+    _start(lambda: snapshots.run(stop.wait))
+    while shipping.is_alive() and signal.sigtimedwait(_ENDS, _CHECK_S) is None:
+        pass
+    if not shipping.is_alive():
+        sys.exit("tollgate: the shipper ended by itself")  # its traceback is above
+    ends_s = time.monotonic() + settings.flush_timeout_s * _SHIPPING_SHARE
+    stop.set()
+    shipping.join(max(0.0, ends_s - time.monotonic()) if remote else None)
+    abandoned.set()
+    if remote and (left := shipper.hand_over(out)):
+        _log.warning("%d usage rows went out as log lines: `tollgate bigquery load` takes them", left)
+    if not shipping.is_alive():
+        shipper.close()
+
+
+def _start(target: Callable[[], None]) -> threading.Thread:
+    """A daemon: a call to a store that does not answer must not keep the process from ending."""
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread
+
+
+def _store(settings: Settings, rejected: Rejected) -> _Store:
+    if (dataset := settings.dataset) is not None:
+        return _bigquery(dataset, settings, rejected)
+    from extproc.sinks.duckdb import DuckDbSink  # noqa: PLC0415 - a container does not have it
+
+    settings.usage_db_path.parent.mkdir(parents=True, exist_ok=True)
+    return DuckDbSink(settings.usage_db_path)
+
+
+def _bigquery(dataset: Dataset, settings: Settings, rejected: Rejected) -> _Store:
+    from extproc.sinks.bigquery import BigQuerySink, connect  # noqa: PLC0415 - half a second, for those who use it
+    from extproc.sinks.positions import Positions  # noqa: PLC0415
+
+    positions = Positions(settings.state_dir / "journal" / "positions.json")
+    return BigQuerySink(dataset, lambda: connect(dataset, settings.bigquery_endpoint), positions, rejected.add)

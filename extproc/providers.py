@@ -55,6 +55,11 @@ class Provider:
         return f"{self._prefix}_API_KEY"
 
     @property
+    def secret_variable(self) -> str:
+        """The name of the environment variable of the key's name in Secret Manager."""
+        return f"{self.key_variable}_SECRET"
+
+    @property
     def base_url_variable(self) -> str:
         """The name of the environment variable of the base URL."""
         return f"{self._prefix}_BASE_URL"

@@ -39,6 +39,7 @@ class Settings:
     """Where things are and how long to wait. What callers may do is the policy's, not these settings'.
 
     `base_urls` has the providers that there is a place for: Azure's and Vertex's only where they are set.
+    `secret_versions` are the names of providers' keys in Secret Manager: a key that has one comes from nowhere else.
     """
 
     policy_path: Path
@@ -51,6 +52,9 @@ class Settings:
     envoy_config_path: Path | None = None
     transport: str = TRANSPORTS[0]
     secrets_dir: Path | None = None
+    secret_versions: Mapping[str, str] = field(default_factory=dict)
+    secrets_refresh_s: int = 3600
+    secret_manager_endpoint: str | None = None
     base_urls: Mapping[str, str] = field(default_factory=lambda: dict(PROVIDER_BASE_URLS))
     issuer_keys: Mapping[str, str] = field(default_factory=lambda: {"https://accounts.google.com": GOOGLE_ISSUER_KEYS})
     added_issuers: tuple[str, ...] = ()
@@ -90,6 +94,9 @@ class Settings:
             envoy_config_path=Path(env["TOLLGATE_ENVOY_CONFIG"]) if env.get("TOLLGATE_ENVOY_CONFIG") else None,
             transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
             secrets_dir=Path(env["TOLLGATE_SECRETS_DIR"]) if env.get("TOLLGATE_SECRETS_DIR") else None,
+            secret_versions=_secret_versions(env),
+            secrets_refresh_s=_integer(env, "TOLLGATE_SECRETS_REFRESH_S", 3600, 10, 24 * 3600),
+            secret_manager_endpoint=_endpoint(env, "TOLLGATE_SECRET_MANAGER_ENDPOINT"),
             base_urls=_base_urls(env),
             issuer_keys={"https://accounts.google.com": GOOGLE_ISSUER_KEYS, **_issuer_keys(env)},
             added_issuers=tuple(_issuer_keys(env)),
@@ -176,6 +183,30 @@ def _base_url(name: str, url: str) -> str:
     if not plain or parts.query or parts.fragment or parts.username:
         raise SettingsInvalid(f"{name} must be a plain http:// or https:// URL")
     return url.rstrip("/")
+
+
+def _secret_versions(env: Mapping[str, str]) -> dict[str, str]:
+    """By provider. Without a version it is the latest one."""
+    names = {name: env.get(provider.secret_variable) for name, provider in PROVIDERS.items()}
+    return {name: _secret_version(PROVIDERS[name].secret_variable, text) for name, text in names.items() if text}
+
+
+def _secret_version(variable: str, text: str) -> str:
+    """The text is not repeated: whoever mistakes the variable for the key's own puts the key into it."""
+    form = r"(projects/[a-z0-9][a-z0-9.:-]{0,99}/secrets/[A-Za-z0-9_-]{1,255})(/versions/(?:latest|[1-9][0-9]{0,8}))?"
+    parts = re.fullmatch(form, text)
+    if parts is None:
+        raise SettingsInvalid(
+            f"{variable} must be projects/PROJECT/secrets/SECRET, alone or with /versions/latest or a version's number"
+        )
+    return parts[1] + (parts[2] or "/versions/latest")
+
+
+def _endpoint(env: Mapping[str, str], name: str) -> str | None:
+    text = env.get(name) or None
+    if text is not None and not re.fullmatch(r"[A-Za-z0-9.-]+:[1-9][0-9]{0,4}", text):
+        raise SettingsInvalid(f"{name} must be host:port")
+    return text
 
 
 def _redis_url(url: str) -> str:

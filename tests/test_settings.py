@@ -19,6 +19,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
 
 GOOGLE = {"https://accounts.google.com": GOOGLE_ISSUER_KEYS}
 
+SECRET = "projects/my-project/secrets/openai-key"
+
 # What a variable says nothing without.
 ALONG = {"TOLLGATE_VERTEX_LOCATION": {"TOLLGATE_VERTEX_PROJECT": "my-project"}}
 
@@ -42,6 +44,12 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_ENVOY_CONFIG": ("/run/envoy.yaml", "envoy_config_path", Path("/run/envoy.yaml")),
     "TOLLGATE_TRANSPORT": ("grpc", "transport", "grpc"),
     "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
+    **{
+        provider.secret_variable: (f"{SECRET}/versions/7", "secret_versions", {name: f"{SECRET}/versions/7"})
+        for name, provider in PROVIDERS.items()
+    },
+    "TOLLGATE_SECRETS_REFRESH_S": ("60", "secrets_refresh_s", 60),
+    "TOLLGATE_SECRET_MANAGER_ENDPOINT": ("localhost:1", "secret_manager_endpoint", "localhost:1"),
     **{
         provider.base_url_variable: ("http://o:1/v2/", "base_urls", {**PROVIDER_BASE_URLS, name: "http://o:1/v2"})
         for name, provider in PROVIDERS.items()
@@ -77,6 +85,9 @@ DEFAULTS = {
     "health_port": 9091,
     "transport": TRANSPORTS[0],
     "secrets_dir": None,
+    "secret_versions": {},
+    "secrets_refresh_s": 3_600,
+    "secret_manager_endpoint": None,
     "base_urls": PROVIDER_BASE_URLS,
     "issuer_keys": GOOGLE,
     "namespace": "tollgate",
@@ -146,6 +157,20 @@ def test_what_is_in_the_state_directory_moves_with_it() -> None:
     assert settings.usage_db_path == Path("/var/t/usage.duckdb")
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (SECRET, f"{SECRET}/versions/latest"),
+        (f"{SECRET}/versions/latest", f"{SECRET}/versions/latest"),
+        (f"{SECRET}/versions/12", f"{SECRET}/versions/12"),
+        ("projects/123456/secrets/A_b-1", "projects/123456/secrets/A_b-1/versions/latest"),
+        ("projects/example.com:p/secrets/s", "projects/example.com:p/secrets/s/versions/latest"),
+    ],
+)
+def test_a_secret_without_a_version_is_the_latest(text: str, name: str) -> None:
+    assert Settings.from_environment({"GROQ_API_KEY_SECRET": text}).secret_versions == {"groq": name}
+
+
 def test_added_issuers_are_those_besides_googles() -> None:
     assert Settings.from_environment({}).added_issuers == ()
     assert Settings.from_environment({"TOLLGATE_ISSUER_KEYS": "a=http://b"}).added_issuers == ("a",)
@@ -155,6 +180,7 @@ def test_added_issuers_are_those_besides_googles() -> None:
     ("name", "low", "high"),
     [
         ("TOLLGATE_HEALTH_PORT", 0, 65_535),
+        ("TOLLGATE_SECRETS_REFRESH_S", 10, 86_400),
         ("TOLLGATE_LEASE_TOKENS", 1, 100_000),
         ("TOLLGATE_HOLD_TTL_MS", 500, 3_600_000),
         ("TOLLGATE_LEDGER_TIMEOUT_MS", 50, 60_000),
@@ -189,6 +215,22 @@ UNUSABLE = {
     ],
     "TOLLGATE_NAMESPACE": ["{", "a}b", "{}", "a b", " "],
     "TOLLGATE_TRANSPORT": ["GRPC", "http"],
+    "OPENAI_API_KEY_SECRET": [
+        "sk-canary-0123456789",
+        "openai-key",
+        "secrets/openai-key",
+        "projects/p/secrets/",
+        "projects/P/secrets/s",
+        "projects/p/secrets/a/b",
+        "projects/p/secrets/s/versions",
+        "projects/p/secrets/s/versions/",
+        "projects/p/secrets/s/versions/0",
+        "projects/p/secrets/s/versions/newest",
+        "projects/p/secrets/s/versions/7 ",
+        "projects/p/locations/europe-west4/secrets/s",
+        "//secretmanager.googleapis.com/projects/p/secrets/s",
+    ],
+    "TOLLGATE_SECRET_MANAGER_ENDPOINT": ["localhost", "http://localhost:1", "localhost:0", "localhost:", ":1"],
     "TOLLGATE_HEALTH_HOST": ["localhost", "0", "127.0.0.1:9091"],
     "TOLLGATE_USAGE_STORE": [
         "bigquery:/p/d",
@@ -242,12 +284,15 @@ def rows() -> dict[str, Row]:
     return dict(zip(names, found, strict=True))
 
 
+UNLISTED = {provider.secret_variable for provider in PROVIDERS.values()} - {"OPENAI_API_KEY_SECRET"}  # one for all
+
+
 def test_every_variable_has_one_row_in_the_documentation() -> None:
     keys = {variable_of(provider) for provider in PROVIDERS}
-    assert set(rows()) == set(VALUES) | keys | {"PORT", "TOLLGATE_WORKERS"}
+    assert set(rows()) == (set(VALUES) - UNLISTED) | keys | {"PORT", "TOLLGATE_WORKERS"}
 
 
-@pytest.mark.parametrize("name", sorted(set(VALUES) - {"TOLLGATE_SOCKET", "TOLLGATE_USAGE_DB"}))
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"TOLLGATE_SOCKET", "TOLLGATE_USAGE_DB"} - UNLISTED))
 def test_the_documented_default_is_the_default(name: str) -> None:
     _, field, _ = VALUES[name]
     default = DEFAULTS[field]
@@ -255,7 +300,7 @@ def test_the_documented_default_is_the_default(name: str) -> None:
         defaults = {provider.base_url_variable: provider.base_url for provider in PROVIDERS.values()}
         default = {**defaults, "TOLLGATE_VERTEX_PROJECT": None, "TOLLGATE_VERTEX_LOCATION": "global"}[name]
     default = {"TOLLGATE_USAGE_STORE": DEFAULTS["usage_store"], "TOLLGATE_SHIP": "0"}.get(name, default)
-    if default in (None, GOOGLE):
+    if default in (None, {}, GOOGLE):
         assert rows()[name].default == "none"
     else:
         assert rows()[name].default == f"`{default}`"

@@ -6,10 +6,14 @@ VENV := .venv
 UV_VERSION := 0.13.9
 READY := $(VENV)/.ready
 
-.PHONY: up test check lint types imports protos-drift protos lock bench bench-rivals clean
+.PHONY: up up-manifest test check lint types imports protos-drift protos lock bench bench-rivals clean
 
 up: $(READY)
 	@exec $(VENV)/bin/tollgate up
+
+# What Cloud Run would run, as local processes: cloudrun-multicontainer.yaml and both Dockerfiles.
+up-manifest: $(READY)
+	@exec $(VENV)/bin/tollgate up-manifest
 
 # Every test, two at a time; then those through a real Envoy once more, on the reference transport, with the subset of
 # the recordings that is in the tree.

@@ -55,6 +55,23 @@ def up() -> None:
 
 @main.command()
 @click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A variable in the place of the manifest's, or in addition. May be repeated.",
+)
+def up_manifest(changes: tuple[str, ...]) -> None:
+    """Run the containers of cloudrun-multicontainer.yaml as local processes, in the foreground."""
+    from extproc.local import up_manifest
+
+    if malformed := [change for change in changes if not re.match(r"\w+=", change)]:
+        raise click.BadParameter(f"{malformed[0]!r} is not NAME=VALUE", param_hint="--set")
+    up_manifest.run(dict(change.split("=", 1) for change in changes))
+
+
+@main.command()
+@click.option(
     "--workers",
     type=click.IntRange(1, MAX_WORKERS),
     envvar="TOLLGATE_WORKERS",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-# Reads until the parent's end of the pipe closes, then kills the child.
-_WATCHDOG = ("/bin/sh", "-c", 'read -r _; kill -KILL "$0" 2>/dev/null')
+# Reads until the parent's end of the pipe closes, then kills the child, and what it started in its session.
+_WATCHDOG = ("/bin/sh", "-c", 'read -r _; kill -KILL "-$0" 2>/dev/null')
 
 
 class Child:
@@ -21,12 +22,20 @@ class Child:
         self._watchdog = watchdog
 
     @classmethod
-    async def start(cls, name: str, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> Child:
-        """Start `command`, its output in `log` or where the parent's goes. Raises OSError."""
+    async def start(
+        cls,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path | None = None,
+        directory: Path | None = None,
+    ) -> Child:
+        """Start `command` in `directory`, its output in `log`, or both as the parent's are. Raises OSError."""
         with log.open("ab") if log is not None else nullcontext() as output:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 env=dict(env),
+                cwd=directory,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -61,10 +70,13 @@ class Child:
         return await self._process.wait()
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, if it still runs. SIGKILL, which it cannot pass on, goes to all of its session."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                if number is signal.SIGKILL:
+                    os.killpg(self._process.pid, number)
+                else:
+                    self._process.send_signal(number)
 
     async def stop(self, grace_s: float) -> int:
         """SIGTERM, and SIGKILL after `grace_s`. Returns its exit code."""

@@ -53,15 +53,20 @@ class StackFailed(Exception):
 
 def run() -> None:
     """Run until Ctrl-C or SIGTERM. Exits with 1, and one line on stderr, where it cannot."""
+    run_stack(Stack(os.environ))
+
+
+def run_stack(stack: Stack) -> None:
+    """See `run`."""
     try:
-        asyncio.run(_Stack(os.environ).run())
+        asyncio.run(stack.run())
     except (StackFailed, SettingsInvalid, ValkeyFailed, OSError) as error:
         sys.exit(f"tollgate: {error}")
     except PolicyInvalid as error:
         sys.exit("tollgate: the policy cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems))
 
 
-class _Stack:
+class Stack:
     """What one `tollgate up` runs, built from its environment."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -88,7 +93,7 @@ class _Stack:
                     await asyncio.gather(starting, return_exceptions=True)
                     return
                 starting.result()
-                await self._supervise(stopping)
+                await self.supervise(stopping)
                 _say("stopping")
 
     async def _start(self, parts: AsyncExitStack) -> None:
@@ -98,25 +103,32 @@ class _Stack:
             "TOLLGATE_POLICY": str(policy_path),
             "TOLLGATE_STATE_DIR": str(self._state_dir),
             "TOLLGATE_USAGE_DB": str(self._settings.usage_db_path.resolve()),
-            "TOLLGATE_HEALTH_PORT": str(free_port()),
-            "TOLLGATE_SOCKET": str(self._socket_path(parts)),
-            "TOLLGATE_WORKERS": str(self._workers),
         }
         env |= await self._issuer(parts)
         env |= self._redis(parts)
         env |= await self._replayed(parts)
         base_urls = self._reached(env)
         self._write_env_file(env)
+        await self.run_gateway(parts, env, base_urls)
+        email = example.caller(policy)
+        audience = policy.identity.audiences[0]
+        token = DevIssuer.open(self._state_dir).mint(email, audience, MAX_TOKEN_LIFETIME_S, time.time())
+        _announce(self._port, email, token, example.model(policy, base_urls))
+
+    async def run_gateway(self, parts: AsyncExitStack, env: Mapping[str, str], base_urls: Mapping[str, str]) -> None:
+        """Start what stands between callers and providers, and wait until it takes requests."""
+        env = {
+            **env,
+            "TOLLGATE_HEALTH_PORT": str(free_port()),
+            "TOLLGATE_SOCKET": str(self._socket_path(parts)),
+            "TOLLGATE_WORKERS": str(self._workers),
+        }
         without_keys = {name: value for name, value in env.items() if name not in _KEYS}
         await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), without_keys, 5.0)
         processor = (sys.executable, "-m", "extproc", "serve")
         await self._run_child(parts, "processor", processor, env, _PROCESSOR_GRACE_S)
         await self._run_envoy(parts, without_keys, base_urls)
         await self._await_ready()
-        email = example.caller(policy)
-        audience = policy.identity.audiences[0]
-        token = DevIssuer.open(self._state_dir).mint(email, audience, MAX_TOKEN_LIFETIME_S, time.time())
-        _announce(self._port, email, token, example.model(policy, base_urls))
 
     def _policy_path(self) -> Path:
         """The named policy, else a copy of the default one, which may be changed while the stack runs."""
@@ -225,7 +237,8 @@ class _Stack:
             await asyncio.sleep(0.05)
         raise StackFailed(f"not ready after {_READY_TIMEOUT_S:.0f} s: {lacking}; logs are in {self._state_dir}")
 
-    async def _supervise(self, stopping: asyncio.Task[Any]) -> None:
+    async def supervise(self, stopping: asyncio.Task[Any]) -> None:
+        """Wait until it is to stop. Raises StackFailed when one of its processes ends before."""
         ends: list[asyncio.Task[Any]] = [asyncio.ensure_future(child.wait()) for child in self._children]
         await asyncio.wait((stopping, *ends), return_when=asyncio.FIRST_COMPLETED)
         for end in ends:

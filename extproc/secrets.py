@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from extproc.limits import MAX_SECRET_BYTES, MIN_REDACTED_BYTES
+from extproc.limits import MAX_SECRET_BYTES, MIN_REDACTED_BYTES, SECRET_REREAD_INTERVAL_S
 from extproc.providers import PROVIDERS
 from extproc.settings import SettingsInvalid
 
@@ -60,12 +62,13 @@ class EnvironmentSource:
 class KeylessSource:
     """The empty key, for each provider that needs none: once its base URL is set, since it may not be there at all."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], providers: Iterable[str]) -> None:
         self._env = env
+        self._providers = tuple(providers)
 
     def read(self) -> Mapping[str, str]:
         """See `Source`."""
-        keyless = (provider for provider in PROVIDERS.values() if not provider.needs_key)
+        keyless = (PROVIDERS[name] for name in self._providers if not PROVIDERS[name].needs_key)
         return {provider.name: "" for provider in keyless if self._env.get(provider.base_url_variable)}
 
 
@@ -91,25 +94,35 @@ class FileSource:
             return None
         except OSError as error:
             raise SettingsInvalid(f"{name}: the file cannot be read: {error.strerror}") from None
-        return _checked(name, data.rstrip(b"\r\n").decode("latin-1"))
+        return key_of(name, data)
 
 
 class SecretStore:
     """`Secrets` from several sources, of which the first that has a key wins; read again in the background."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], clock_s: Callable[[], float] = time.monotonic) -> None:
         """Reads all sources. Raises SettingsInvalid."""
         self._sources = tuple(sources)
-        self._keys = self._read()
+        self._found = [source.read() for source in self._sources]
+        self._keys = self._merged()
         self._replaced: dict[str, str] = {}
         self._values = _told_from_text(self._keys.values())
+        self._clock_s = clock_s
+        self._refused_s = -math.inf
+        self._asked = asyncio.Event()
+        self._reading = asyncio.Lock()
         self._background: asyncio.Task[None] | None = None
 
     @classmethod
-    def of(cls, directory: Path | None, env: Mapping[str, str], providers: Collection[str]) -> SecretStore:
-        """From the files in `directory`, if there is one, and the environment. Raises SettingsInvalid."""
+    def of(
+        cls, directory: Path | None, env: Mapping[str, str], providers: Collection[str], *first: Source
+    ) -> SecretStore:
+        """From `first`, from the files in `directory`, if there is one, and the environment. Raises SettingsInvalid.
+
+        `providers` are those whose keys may be in files and in the environment.
+        """
         files = () if directory is None else (FileSource(directory, providers),)
-        return cls([*files, EnvironmentSource(env, providers), KeylessSource(env)])
+        return cls([*first, *files, EnvironmentSource(env, providers), KeylessSource(env, providers)])
 
     def __repr__(self) -> str:
         return f"SecretStore({', '.join(sorted(self._keys))})"
@@ -133,26 +146,44 @@ class SecretStore:
             with suppress(asyncio.CancelledError):
                 await self._background
 
+    def refused(self) -> None:
+        """A provider did not accept its key: read the sources at once, unless that was done just now."""
+        now_s = self._clock_s()
+        if now_s >= self._refused_s + SECRET_REREAD_INTERVAL_S:
+            self._refused_s = now_s
+            self.reread()
+
+    def reread(self) -> None:
+        """Have the background task read the sources at once."""
+        self._asked.set()
+
     async def refresh(self) -> None:
-        """Read the sources again. Where one cannot be read, everything stays as it was."""
-        try:
-            keys = await asyncio.to_thread(self._read)
-        except SettingsInvalid as error:
-            log.warning("secrets: the old ones stay in use: %s", error)
-            return
+        """Read the sources again. What one of them had stays in use while it cannot be read."""
+        async with self._reading:  # or what was read first could be the last to be put in use
+            await asyncio.to_thread(self._read)
+        keys = self._merged()
         self._replaced |= {provider: key for provider, key in self._keys.items() if keys.get(provider) != key}
         self._keys = keys
         self._values = _told_from_text((*keys.values(), *self._replaced.values()))
 
     async def _refresh_forever(self) -> None:
         while True:
-            await asyncio.sleep(_REFRESH_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), _REFRESH_S)
+            self._asked.clear()
             await self.refresh()
 
-    def _read(self) -> Mapping[str, str]:
+    def _read(self) -> None:
+        for number, source in enumerate(self._sources):
+            try:
+                self._found[number] = source.read()
+            except SettingsInvalid as error:
+                log.warning("secrets: the old ones stay in use: %s", error)
+
+    def _merged(self) -> Mapping[str, str]:
         keys: dict[str, str] = {}
-        for source in reversed(self._sources):
-            keys.update(source.read())
+        for found in reversed(self._found):
+            keys.update(found)
         return keys
 
 
@@ -175,6 +206,14 @@ class FirstOf:
 
 def _told_from_text(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(value for value in values if len(value) >= MIN_REDACTED_BYTES)
+
+
+def key_of(name: str, data: bytes) -> str:
+    """The key in a file or a payload, without the line ends that editors and shells leave behind it.
+
+    Raises SettingsInvalid with `name`, and without the value.
+    """
+    return _checked(name, data.rstrip(b"\r\n").decode("latin-1"))
 
 
 def _checked(name: str, value: str) -> str:

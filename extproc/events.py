@@ -198,6 +198,13 @@ class RefreshKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class RefreshSecret:
+    """A provider did not accept the gateway's key: look for a new one, if that was not done just now."""
+
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
 class CountPrompt:
     """Count these texts outside the event loop. Answered by PromptCounted."""
 
@@ -266,6 +273,7 @@ Command = (
     | DropTrailers
     | Reply
     | RefreshKeys
+    | RefreshSecret
     | CountPrompt
     | PlaceHold
     | ExtendLease

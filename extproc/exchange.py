@@ -64,6 +64,7 @@ from extproc.events import (
     PlaceHold,
     PromptCounted,
     RefreshKeys,
+    RefreshSecret,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -393,7 +394,9 @@ class Exchange:
             return self._replace_answer(UpstreamFailure("The provider's headers contradict each other."))
         encoding = (view.get("content-encoding") or "identity").strip().lower()
         if self._status in (401, 403) or 300 <= self._status < 400:
-            return self._replace_answer(UpstreamFailure("The provider did not accept the gateway's request."))
+            error = UpstreamFailure("The provider did not accept the gateway's request.")
+            refused = self._refused_key()  # before the answer has a status of its own
+            return [*self._replace_answer(error), *refused]
         if encoding != "identity":  # neither metered nor searched for secrets
             return self._replace_answer(UpstreamFailure("The provider sent a compressed answer."))
         if not 200 <= self._status < 300:
@@ -501,6 +504,11 @@ class Exchange:
             commands += self._finish_failure()
         return commands
 
+    def _refused_key(self) -> list[Command]:
+        """Whether the provider means the key: 401 does, 403 may, and Gemini and xAI say so with 400 and in words."""
+        in_words = self._status == 400 and b"api key" in self._answer.lower()
+        return [RefreshSecret(self._candidate.target.provider)] if self._status in (401, 403) or in_words else []
+
     def _finish_failure(self) -> list[Command]:
         """Providers do not bill errors. An answer that was lost on its way is counted like one that was abandoned."""
         if self._lost:
@@ -515,7 +523,7 @@ class Exchange:
         body = self._gate.redact(bytes(self._answer))
         if len(self._answer) == limits.MAX_ERROR_BYTES:  # cut off, perhaps in the middle of a secret
             body = self._dialect.render_error(UpstreamFailure("The provider's error is too long to be passed on."))
-        return [ForwardChunk(body), *self._finish_failure()]
+        return [ForwardChunk(body), *self._refused_key(), *self._finish_failure()]
 
     def _replace_answer(self, error: TollgateError) -> list[Command]:
         """The provider's answer does not go on. What it may have billed for it is posted as far as it is known."""

@@ -32,6 +32,7 @@ from extproc.pricing import PriceBook
 from extproc.providers import PROVIDERS
 from extproc.records import IdentityRules, Policy, Settlement, Target, UsageRecord
 from extproc.redaction import Redactor
+from extproc.secret_manager import SecretManager
 from extproc.secrets import FirstOf, SecretStore
 from extproc.session import Services, Session
 from extproc.settings import Settings
@@ -66,8 +67,12 @@ class Processor:
         self._ledger_lacks: str | None = "Redis was not reached yet"
         self._tasks: set[asyncio.Task[None]] = set()
 
-        self._secrets = SecretStore.of(settings.secrets_dir, os.environ, PROVIDERS)
-        on_vertex = [name for name in settings.base_urls if PROVIDERS[name].publisher is not None]
+        self._secret_manager = SecretManager(
+            settings.secret_versions, refresh_s=settings.secrets_refresh_s, endpoint=settings.secret_manager_endpoint
+        )
+        elsewhere = PROVIDERS.keys() - settings.secret_versions.keys()
+        self._secrets = SecretStore.of(settings.secrets_dir, os.environ, elsewhere, self._secret_manager)
+        on_vertex = [name for name in elsewhere & settings.base_urls.keys() if PROVIDERS[name].publisher is not None]
         self._google = GoogleTokens([name for name in on_vertex if self._secrets.key(name) is None])
         self._all_secrets = FirstOf(self._secrets, self._google)
         self._redactor = Redactor(self._all_secrets.values)
@@ -92,6 +97,7 @@ class Processor:
             learn=self._learn,
             write=self._journal.append,
             refresh_keys=lambda issuer: asyncio.ensure_future(self._keys.refresh(issuer)),
+            refresh_secret=self._refresh_secret,
             count=self._counting.count,
         )
         self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
@@ -101,6 +107,8 @@ class Processor:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`, then drain."""
+        loop = asyncio.get_running_loop()
+        self._secret_manager.start(lambda: loop.call_soon_threadsafe(self._secrets.reread))
         for encoding in ("o200k_base", "cl100k_base"):
             tokens.counter(encoding)  # a quarter of a second each: before the first request, not in it
         self._gate.prices.price(Target("openai", "gpt-4o"), None)  # the catalogue: a tenth of a second, likewise
@@ -129,8 +137,8 @@ class Processor:
             return self._ledger_lacks
         if not self._keys.ready():
             return "no issuer's keys could be fetched"
-        if not self._providers():
-            return "there is no provider's key"
+        if (lacks := self._key_lacking()) is not None:
+            return lacks
         if self._journal.full:
             return "the usage journal is full"
         return None
@@ -145,6 +153,12 @@ class Processor:
             return asyncio.run_coroutine_threadsafe(turn(), self._loop).result(_TURN_TIMEOUT_S)
         except TimeoutError:
             return False
+
+    def _key_lacking(self) -> str | None:
+        for name in self._settings.secret_versions:
+            if self._secrets.key(name) is None:
+                return f"the key of {name} has not come from Secret Manager"
+        return None if self._providers() else "there is no provider's key"
 
     def _use(self, policy: Policy) -> None:
         settings = self._settings
@@ -181,6 +195,12 @@ class Processor:
             attempt = Attempt(self._targets, patient=role == "target-first-event")
             return Session(attempt, self._services, send, end)
         return None
+
+    def _refresh_secret(self, provider: str) -> None:
+        if provider in self._settings.secret_versions:
+            self._secret_manager.refused(provider)
+        else:
+            self._secrets.refused()
 
     def _factor(self, target: Target) -> float:
         return self._factors.get(f"{target.provider}/{target.model}") or starting_factor(target)
@@ -233,6 +253,7 @@ class Processor:
         await self._settler.close()
         await self._ledger.close()
         await self._keys.close()
+        self._secret_manager.close()
         await self._secrets.close()
         self._google.close()
         self._counting.close()

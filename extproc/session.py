@@ -27,6 +27,7 @@ from extproc.events import (
     PlaceHold,
     PromptCounted,
     RefreshKeys,
+    RefreshSecret,
     Reply,
     SetTimer,
     Settle,
@@ -68,6 +69,7 @@ class Services:
     learn: Callable[[Target, int, int], None]
     write: Callable[[UsageRecord], object]
     refresh_keys: Callable[[str], asyncio.Future[None]]
+    refresh_secret: Callable[[str], None]
     count: Callable[[tuple[str, ...], str], asyncio.Future[int | None]]
 
 
@@ -165,6 +167,9 @@ class Session:
     def _refresh_keys(self, command: RefreshKeys) -> None:
         self._await(self._services.refresh_keys(command.issuer), lambda _: KeysRefreshed())
 
+    def _refresh_secret(self, command: RefreshSecret) -> None:
+        self._services.refresh_secret(command.provider)
+
     def _count_prompt(self, command: CountPrompt) -> None:
         self._await(self._services.count(command.texts, command.encoding), PromptCounted)
 
@@ -211,6 +216,7 @@ _CARRY_OUT: dict[type[Command], Callable[[Session, Any], None]] = {
     PlaceHold: Session._place_hold,
     ExtendLease: Session._extend_lease,
     RefreshKeys: Session._refresh_keys,
+    RefreshSecret: Session._refresh_secret,
     CountPrompt: Session._count_prompt,
     SetTimer: Session._set_timer,
     Settle: Session._settle,

@@ -88,6 +88,7 @@ class Gateway:
                     learn=lambda *_: None,
                     write=self.records.append,
                     refresh_keys=lambda _: self.hold(None),
+                    refresh_secret=lambda _: None,
                     count=lambda *_: self.hold(None),
                 )
                 return Session(exchange, services, send, end)

@@ -101,6 +101,7 @@ class Shell:
             learn=lambda *lesson: self.note("learn", lesson),
             write=lambda record: self.note("write", record),
             refresh_keys=lambda issuer: self.ask("keys", issuer),
+            refresh_secret=lambda provider: self.note("secret", provider),
             count=lambda *texts: self.ask("count", texts),
         )
         self.session = Session(self.machine, services, lambda data: self.note("send", data), self.end)

@@ -166,7 +166,8 @@ class Stack:
     async def _replayed(self, parts: AsyncExitStack) -> dict[str, str]:
         """Where providers without a key are called: at their base URL, if one is set, else at the scripted provider."""
         keys = SecretStore.of(self._settings.secrets_dir, self._env, PROVIDERS)
-        keyless = [PROVIDERS[name] for name in REPLAYED if keys.key(name) is None]
+        named = self._settings.secret_versions
+        keyless = [PROVIDERS[name] for name in REPLAYED if keys.key(name) is None and name not in named]
         scripted = [one for one in keyless if not self._env.get(one.base_url_variable)]
         env = {one.key_variable: "none" for one in keyless if one not in scripted}
         if not scripted:

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 import orjson
 
-from extproc import budget, endpoints, headers, limits, offers
+from extproc import budget, endpoints, headers, limits, offers, tracing
 from extproc.allowance import Allowance
 from extproc.dialects.dialect import Dialect
 from extproc.dialects.openai_chat import OpenAIChat
@@ -99,6 +99,7 @@ from extproc.records import (
     UsageSource,
 )
 from extproc.sse import SseParser
+from extproc.tracing import TraceContext
 
 ROUTE_HEADER = "x-tollgate-internal-route"
 FIRST_BYTE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"  # how long an attempt may take to begin its answer
@@ -117,6 +118,8 @@ NO_HOLD = Hold(request_id="", windows=(), held=NOTHING)
 
 class State(Enum):
     """Where an exchange stands."""
+
+    __hash__ = object.__hash__  # Enum's own is a Python function, and every event looks its state up
 
     START = auto()
     IDENTIFYING = auto()
@@ -165,6 +168,7 @@ class Exchange:
         "_queue",
         "_request_id",
         "_sent_ns",
+        "_span",
         "_state",
         "_status",
     )
@@ -176,6 +180,7 @@ class Exchange:
         self._headers: dict[str, str] = {}
         self._request_id = ""
         self._principal: Principal = NOBODY
+        self._span: TraceContext | None = None  # ours, if spans are exported
         self._plan: Plan | None = None
         self._candidate: Candidate  # who answers; until somebody has, who is asked first
         self._allowance: Allowance
@@ -246,6 +251,9 @@ class Exchange:
         if method != endpoint.method:
             raise MethodNotAllowed(f"This path takes {endpoint.method} only.")
         self._headers = headers.collect(event.headers)
+        if self._gate.begin_span is not None and not endpoint.lists:
+            callers = tracing.parse(self._headers.get(tracing.TRACEPARENT))
+            self._span = self._gate.begin_span(self._request_id, callers, endpoint.dialect.name)
         if (lacking := self._gate.unready()) is not None:
             raise Unavailable(f"The gateway cannot take requests now: {lacking}.")
         return self._identify(event.end)
@@ -346,10 +354,12 @@ class Exchange:
         pairs = [(ROUTE_HEADER, chain), _JSON, ("content-length", str(len(body)))]
         if plan.call.stream:  # a whole answer begins when it is complete: envoy.yaml says how long that may take
             pairs.append((FIRST_BYTE_HEADER, str(self._gate.first_byte_timeout_ms)))
+        trace, no_trace = tracing.onward(self._headers, self._span)
         return ForwardRequest(
             body,
-            set_headers=tuple(pairs),
-            remove_headers=headers.CALLERS_ONLY,  # the target removes the rest; Envoy still routes by some of it
+            set_headers=(*pairs, *trace),
+            # The target removes the rest; Envoy still routes by some of it.
+            remove_headers=headers.CALLERS_ONLY + no_trace,
             itinerary=plan.itinerary(self._request_id, len(body)).encode(),
         )
 

@@ -19,10 +19,11 @@ from functools import partial
 from importlib import resources
 from typing import Any, Protocol
 
+import hiredis
 import orjson
 from redis import exceptions as redis_errors
-from redis.asyncio import Redis
-from redis.asyncio.cluster import PipelineCommand, RedisCluster
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -56,7 +57,7 @@ from extproc.records import (
     Window,
 )
 
-_OPERATIONS = ("hold", "extend", "settle", "expire", "learn")
+_OPERATIONS = ("hold", "extend", "settle", "stored", "adopt", "expire", "learn")
 _PPM = 1_000_000
 
 # Strings, bytes and integers: the words of one command.
@@ -88,8 +89,8 @@ class Ledger:
         namespace: str = "tollgate",
         timeout_ms: int = 1_000,
         hold_ttl_ms: int = 60_000,
-        wall_ms: Callable[[], int] = _wall_ms,
         instance: str = "",
+        wall_ms: Callable[[], int] = _wall_ms,
     ) -> None:
         """`url` is settings.redis_url. `wall_ms` only guesses the window of a hold: Redis's own clock decides.
 
@@ -102,8 +103,9 @@ class Ledger:
         self._due, self._orphans, self._index, self._factors, self._outboxes, self._outbox = (
             self._prefix + name for name in ("due", "orphans", "windows", "factors", "outboxes", f"outbox:{instance}")
         )
-        self._timeout_s = timeout_ms / 1_000
+        self._adopters = self._prefix + "adopters"
         self._instance = instance
+        self._timeout_s = timeout_ms / 1_000
         # Half of the deadline for one attempt leaves time for another, on another connection.
         self._attempt_s = self._timeout_s / 2
         self._hold_ttl_ms = hold_ttl_ms
@@ -163,6 +165,39 @@ class Ledger:
         for start in range(0, len(keys), limits.MAX_PIPELINE):
             await self._issue(("HDEL", self._orphans, *keys[start : start + limits.MAX_PIPELINE]), int)
 
+    async def stored(self, request_ids: Sequence[str]) -> int:
+        """Drop these requests' rows, which a usage store has, from the outbox or a dead instance's. Returns how many.
+
+        Raises LedgerUnavailable.
+        """
+        keys = [self._hold_key(request_id) for request_id in request_ids]
+        batches = [keys[start : start + limits.SWEEP_BATCH] for start in range(0, len(keys), limits.SWEEP_BATCH)]
+        own = (self._outboxes, self._outbox)
+        scripts = (self._script("stored", (*own, *batch), (self._hold_ttl_ms,)) for batch in batches)
+        return sum(await asyncio.gather(*(self._issue(script, int) for script in scripts)))
+
+    @property
+    def outbox(self) -> str:
+        """The key of this instance's outbox."""
+        return self._outbox
+
+    async def adopt(self, adopter: str) -> tuple[str, ...]:
+        """Say that this instance is alive. The outboxes of dead ones that `adopter` is to copy: nobody else does.
+
+        An instance is dead when it was not heard of for as long as a hold lasts. Raises LedgerUnavailable.
+        """
+        keys = (self._outboxes, self._adopters, self._outbox)
+        claimed: list[bytes] = await self._issue(self._script("adopt", keys, (adopter, self._hold_ttl_ms)), list)
+        return tuple(outbox.decode() for outbox in claimed)
+
+    async def rows(self, outbox: str, cursor: int) -> tuple[int, tuple[bytes, ...]]:
+        """About a hundred of an outbox's rows from `cursor` on, and the next cursor: 0 at the end.
+
+        A row that is there all the while comes once at least. Raises LedgerUnavailable.
+        """
+        following, pairs = await self._issue(("HSCAN", outbox, cursor, "COUNT", limits.SWEEP_BATCH), tuple)
+        return int(following), tuple(pairs[1::2])
+
     async def balances(self, now_ms: int | None = None) -> tuple[Balance, ...]:
         """Every budget window that Redis has, closed ones of the last days too; with `now_ms` those that it is in."""
         keys: list[bytes] = await self._issue(("ZRANGE", self._index, 0, -1), list)
@@ -190,8 +225,8 @@ class Ledger:
     async def check(self) -> None:
         """Raises LedgerUnavailable where Redis does not answer, or may evict: then balances would be forgotten."""
         # Not CONFIG GET, which managed Redis forbids.
-        memory: dict[str, Any] = await self._issue(("INFO", "memory"), dict)
-        policy = memory.get("maxmemory_policy")
+        memory: str = await self._issue(("INFO", "memory"), _text)
+        policy = next((line[17:] for line in memory.splitlines() if line.startswith("maxmemory_policy:")), "not known")
         if policy != "noeviction":
             raise LedgerUnavailable(f"Redis may evict balances: its maxmemory-policy is {policy}, not noeviction")
 
@@ -370,9 +405,10 @@ def load_scripts(clock: str | None = None) -> Mapping[str, _Script]:
         f"local SWEEP_BATCH = {limits.SWEEP_BATCH}\n"
         f"local SETTLED_RETENTION_MS = {limits.SETTLED_RETENTION_S * 1_000}\n"
         f"local WINDOW_RETENTION_MS = {limits.WINDOW_RETENTION_S * 1_000}\n"
-        f"local MIN_FACTOR_PPM = {round(limits.MIN_FACTOR * _PPM)}\n"
         f"local MAX_OUTBOX_ROWS = {limits.MAX_OUTBOX_ROWS}\n"
+        f"local MAX_DEAD_OUTBOXES = {limits.MAX_DEAD_OUTBOXES}\n"
         f"local OUTBOX_RETENTION_MS = {limits.OUTBOX_RETENTION_S * 1_000}\n"
+        f"local MIN_FACTOR_PPM = {round(limits.MIN_FACTOR * _PPM)}\n"
         f"local MAX_FACTOR_PPM = {round(limits.MAX_FACTOR * _PPM)}\n"
     )
     shared = bounds + (clock or (lua / "clock.lua").read_text()) + (lua / "common.lua").read_text()
@@ -407,8 +443,23 @@ _CLIENT: dict[str, Any] = {
     "retry": Retry(NoBackoff(), 0),
     "socket_timeout": None,
     "socket_connect_timeout": None,
-    "protocol": 2,
+    "protocol": 3,
 }
+
+
+async def _exchange(connection: AbstractConnection, commands: Sequence[_Args]) -> list[Any]:
+    """One write, then the replies in order. redis-py's own pipelines cost three times as much a command.
+
+    A connection that fails, or is given up in the middle, has disconnected itself, and connects again when it is used.
+    """
+    await connection.send_packed_command(b"".join(map(hiredis.pack_command, commands)), check_health=False)
+    replies: list[Any] = []
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response())
+        except ResponseError as error:
+            replies.append(error)
+    return replies
 
 
 class _Node:
@@ -416,28 +467,34 @@ class _Node:
 
     def __init__(self, url: str) -> None:
         self.generation = 0
-        self._redis = Redis.from_url(url, **_CLIENT)
+        self._pool = ConnectionPool.from_url(url, **_CLIENT)
+        self._free: list[AbstractConnection] = []
 
     async def execute(self, commands: Sequence[_Args]) -> list[Any]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return await pipeline.execute(raise_on_error=False)
+        connection = self._free.pop() if self._free else self._pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            return await _exchange(connection, commands)
+        finally:
+            self._free.append(connection)
 
     async def renew(self, generation: int) -> None:
         if generation == self.generation:
             self.generation += 1
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            await self._disconnect()
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        while self._free:
+            await self._free.pop().disconnect()
 
 
 class _Cluster:
     """The node of a Redis Cluster that owns the ledger's one slot.
 
-    redis-py's ClusterPipeline refuses scripts and splits by slot; all of the ledger is one slot, so one node's own
-    pipeline does. After a failure the topology is read again, from whichever node answers.
+    redis-py's ClusterPipeline refuses scripts and splits by slot; all of the ledger is one slot, and so one node's.
+    After a failure the topology is read again, from whichever node answers.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -450,9 +507,11 @@ class _Cluster:
         node = self._cluster.get_node_from_key(self._key)
         if node is None:
             raise ConnectionError("no node of the cluster has the ledger's slot")
-        pipeline = [PipelineCommand(place, *command) for place, command in enumerate(commands)]
-        await node.execute_pipeline(pipeline)
-        return [command.result for command in pipeline]
+        connection = node.acquire_connection()
+        try:
+            return await _exchange(connection, commands)
+        finally:
+            node.release(connection)
 
     async def renew(self, generation: int) -> None:
         if generation == self.generation:
@@ -509,6 +568,11 @@ def _window(text: bytes) -> BudgetWindow:
 def _balance(text: bytes, posted: bytes | None, pending: bytes | None) -> tuple[BudgetWindow, Balance]:
     window = _window(text)
     return window, Balance(window.budget, int(posted or 0), int(pending or 0), window.end_ms)
+
+
+def _text(reply: bytes | str) -> str:
+    """A verbatim string of RESP3, which hiredis has decoded, or a plain one."""
+    return reply if isinstance(reply, str) else reply.decode()
 
 
 def _holds(window: BudgetWindow, now_ms: int) -> bool:

@@ -36,6 +36,8 @@ FIRST_EVENT_WAIT_MS = 600_000  # envoy.yaml's max_message_timeout; its per_try_t
 
 # Counting -------------------------------------------------------------------------------------------------------------
 INLINE_COUNT_CHARS = 4_000  # about 0.5 ms of tiktoken; a longer prompt is counted in a thread
+CACHED_COUNT_CHARS = 24  # of a text whose count is remembered: a stream's events are a word each, or a few
+MAX_CACHED_COUNTS = 8_192  # of such texts, for each encoding: 1 MB
 COUNT_SLICE_CHARS = 4_096  # the longest text tiktoken is given at once: its regex and merges are super-linear
 MAX_COUNT_CHARS = 512 * KIB  # of one prompt; more is estimated from as much: 0.1 s of tiktoken, 0.3 at worst
 COUNT_THREADS = 2  # tiktoken works without the interpreter's lock
@@ -54,15 +56,17 @@ MAX_LEDGER_QUEUE = 20_000  # commands waiting for Redis; above it a hold fails a
 SETTLED_RETENTION_S = 6 * 3600  # how long a settled id is remembered, so that a repeat changes nothing
 WINDOW_RETENTION_S = 3 * 24 * 3600  # how long a closed window's balance is kept, for late settlements and reports
 SWEEP_BATCH = 100  # expired holds posted by one run of the sweep
+MAX_OUTBOX_ROWS = 50_000  # of one instance that no usage store has, 40 MB of Redis; more are on its own disk only
+MAX_DEAD_OUTBOXES = 16  # looked at in one go; the rest when those are empty
+OUTBOX_RETENTION_S = 7 * 24 * 3600  # how long a dead instance's rows wait for another instance
 MAX_LEDGER_CONNECTIONS = 8  # pipelines in flight; while all are, commands gather into fewer and cheaper ones
 MAX_LEDGER_SENDS = 4  # of one command: the first, a lost reply, scripts to reload, a window that turned
-MAX_OUTBOX_ROWS = 50_000  # of one instance that no usage store has, 40 MB of Redis; more are on its own disk only
-OUTBOX_RETENTION_S = 7 * 24 * 3600  # how long a dead instance's rows wait for another instance
 MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, without its closing zero
 MAX_CACHED_MATCHES = 10_000  # callers whose budgets are remembered
 MAX_CACHED_WINDOWS = 1_000  # zones and kinds of windows whose current bounds are remembered
 
 # The processor --------------------------------------------------------------------------------------------------------
+MAX_CACHED_HEADERS = 1_024  # headers as Envoy is told to set them, and lists of those to remove, likewise
 MAX_VERIFIED_TOKENS = 10_000  # verified tokens remembered by hash
 MAX_KEY_SET_BYTES = 256 * KIB
 MIN_RSA_BITS = 2048  # NIST SP 800-131A; RFC 7518, 3.3
@@ -128,3 +132,10 @@ MAX_SETTINGS = 32  # in one frame; there are fewer than ten
 HANDSHAKE_TIMEOUT_S = 10  # until the preface and the acknowledgement of our SETTINGS have come
 LINGER_S = 1  # for the peer to read why the connection ends
 MAX_WORKERS = 4  # sockets that envoy.yaml lists for the processor; more cores want a longer list there
+
+# Telemetry ------------------------------------------------------------------------------------------------------------
+MAX_MODEL_SERIES = 500  # label sets of one metric by model, a histogram's with 16 lines each; models come from callers
+MAX_CALLER_SERIES = 2_000  # of the cost, by who calls
+MAX_BUDGET_SERIES = 1_000  # budgets on /metrics: those that are used most
+MAX_OPEN_SPANS = 20_000  # requests under way whose spans are remembered
+OTLP_FLUSH_S = 1  # of a shutdown, after the drain: a collector that does not answer gets no more

@@ -100,6 +100,11 @@ class Journal:
         """Whether new requests must be refused: nothing more of what they cost could be kept."""
         return self._holds_over(1)
 
+    @property
+    def roomy(self) -> bool:
+        """Whether what costs nothing, or can wait elsewhere, is taken."""
+        return not self._holds_over(_REFUSALS_SHARE)
+
     def _holds_over(self, share: int) -> bool:
         queued = self._queue.qsize() >= MAX_JOURNAL_QUEUE // share
         return self._refused or self._stored > self._max_bytes // share or queued
@@ -111,7 +116,7 @@ class Journal:
         left out from half of `max_bytes` on: they cost nothing, and whoever has no token can cause them without end,
         which must not fill the journal and so refuse everyone.
         """
-        if record.outcome is Outcome.REFUSED and self._holds_over(_REFUSALS_SHARE):
+        if record.outcome is Outcome.REFUSED and not self.roomy:
             return b""
         line = encode(UsageRow(record))
         self._queue.put(line)

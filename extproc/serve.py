@@ -9,10 +9,13 @@ import os
 import signal
 import time
 from datetime import UTC, datetime
+from secrets import token_hex
+from typing import TYPE_CHECKING
 
 import uvloop
 
 from extproc import tokens
+from extproc.adopting import Adopter
 from extproc.counting import PromptCounter
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
@@ -82,13 +85,20 @@ class Processor:
             namespace=settings.namespace,
             timeout_ms=settings.ledger_timeout_ms,
             hold_ttl_ms=settings.hold_ttl_ms,
-        )
             instance=instance_of(settings.state_dir),
+        )
         self._journal = Journal(
             settings.state_dir / "journal", max_bytes=settings.journal_max_mib * MIB, clock=_wall_ms
         )
         self._settler = Settler(self._ledger, SettlementLog(settings.state_dir / "settlements", clock=_wall_ms))
         self._sweeper = Sweeper(self._ledger, self._journal.append_orphan, settings.hold_ttl_ms / 4000)
+        self._adopter = Adopter(
+            self._ledger,
+            token_hex(8),
+            self._journal.append_orphan,
+            lambda: self._journal.roomy,
+            settings.hold_ttl_ms / 4000,
+        )
         self._counting = PromptCounter(settings.admission_timeout_ms / 1000)
         self._targets = Targets(settings.base_urls, self._all_secrets.key, _wall_ms)
         self._services = Services(
@@ -117,6 +127,7 @@ class Processor:
         self._google.start()
         self._settler.start()
         self._sweeper.start()
+        self._adopter.start()
         self._policy_file.start()
         watching = asyncio.create_task(self._watch())
         self._loop = asyncio.get_running_loop()
@@ -248,6 +259,7 @@ class Processor:
         self._health.close()
         await self._policy_file.close()
         await self._sweeper.close()
+        await self._adopter.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._settler.close()

@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
+from extproc.instance import instance_of
+from extproc.ledger import Ledger
+from extproc.outbox import Acknowledgements
 from extproc.settings import Dataset, Settings
 from extproc.shipper import Shipper
 from extproc.sinks import Sink, SnapshotSink
@@ -18,6 +21,7 @@ from extproc.unshipped import Rejected
 
 _ENDS = {signal.SIGTERM, signal.SIGINT}
 _CHECK_S = 0.5
+_ACKNOWLEDGING_S = 0.5  # at the end: what Redis is not told comes twice, and is stored once
 _SHIPPING_SHARE = 2 / 3  # of the flush; the rest is for writing out what the store has not taken
 
 _log = logging.getLogger(__name__)
@@ -40,13 +44,15 @@ def main(settings: Settings, out: BinaryIO) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     rejected = Rejected(directory)
     sink = _store(settings, rejected)
-    shipper = Shipper(directory, sink, rejected=rejected)
+    acknowledgements = Acknowledgements(lambda: _ledger(settings))
+    shipper = Shipper(directory, sink, rejected=rejected, stored=acknowledgements.stored)
     snapshots = Snapshots(lambda now_ms: read_balances(settings, now_ms), sink)
 
     stop, abandoned = threading.Event(), threading.Event()
     remote = settings.dataset is not None
     shipping = _start(lambda: shipper.run(stop.wait, abandoned.wait if remote else lambda _: True))
     _start(lambda: snapshots.run(stop.wait))
+    acknowledging = _start(acknowledgements.run)
     while shipping.is_alive() and signal.sigtimedwait(_ENDS, _CHECK_S) is None:
         pass
     if not shipping.is_alive():
@@ -57,6 +63,8 @@ def main(settings: Settings, out: BinaryIO) -> None:
     abandoned.set()
     if remote and (left := shipper.hand_over(out)):
         _log.warning("%d usage rows went out as log lines: `tollgate bigquery load` takes them", left)
+    acknowledgements.end()
+    acknowledging.join(_ACKNOWLEDGING_S)
     if not shipping.is_alive():
         shipper.close()
 
@@ -66,6 +74,16 @@ def _start(target: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     return thread
+
+
+def _ledger(settings: Settings) -> Ledger:
+    return Ledger(
+        settings.redis_url,
+        namespace=settings.namespace,
+        timeout_ms=settings.ledger_timeout_ms,
+        hold_ttl_ms=settings.hold_ttl_ms,
+        instance=instance_of(settings.state_dir),
+    )
 
 
 def _store(settings: Settings, rejected: Rejected) -> _Store:

@@ -142,7 +142,7 @@ class _LedgerDump:
             keys = sorted(redis.scan_iter(count=10_000))
             pipeline = redis.pipeline(transaction=False)
             for key in keys:
-                if key.endswith((":due", ":windows")):
+                if key.endswith((":due", ":windows", ":outboxes")):
                     pipeline.zrange(key, 0, -1)
                 else:
                     pipeline.hgetall(key)

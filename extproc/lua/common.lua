@@ -11,6 +11,7 @@
 --   {ns}:factors                hash    learned factor per model, in parts per million
 --   {ns}:outbox:<instance>      hash    usage rows of settled requests, by their holds' keys, until a usage store has them
 --   {ns}:outboxes               zset    outboxes by the time that their instance was last heard of
+--   {ns}:adopters               hash    who copies a dead instance's outbox, and until when it is nobody else's to do
 --
 -- Lua's numbers are doubles: whole below 2^53, and written with %.0f, since tostring rounds to 14 digits.
 
@@ -99,6 +100,11 @@ local function post(hold, posted, pending, open)
       add(key, 'open', open)
     end
   end
+end
+
+-- Of instances that were not heard of for so long: those longest dead.
+local function dead_outboxes(outboxes, now, dead_after)
+  return redis.call('ZRANGEBYSCORE', outboxes, '-inf', text_of(now - dead_after), 'LIMIT', 0, MAX_DEAD_OUTBOXES)
 end
 
 local function negative(amount)

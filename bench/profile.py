@@ -32,6 +32,7 @@ from extproc.pb import ext_proc_pb2 as pb
 from extproc.serve import Processor
 from extproc.session import Session
 from extproc.settings import Settings
+from extproc.startup import Startup
 
 _AT_ONCE = 32  # requests under way, so that the ledger's commands share pipelines as they do under load
 _WHOLE, _STREAM = "application/json", "text/event-stream"
@@ -192,7 +193,7 @@ async def _processor() -> AsyncIterator[tuple[Processor, Messages]]:
             "REDIS_URL": valkey.url,
         }
         os.environ["OPENAI_API_KEY"] = "sk-bench-0123456789abcdef"  # keys are read from the environment itself
-        processor = Processor(Settings.from_environment(environment))
+        processor = Processor(Settings.from_environment(environment), Startup())
         stop = asyncio.Event()
         running = asyncio.create_task(processor.run(stop))
         while processor.lacking() is not None:  # noqa: ASYNC110

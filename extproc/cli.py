@@ -79,7 +79,9 @@ def up_manifest(changes: tuple[str, ...]) -> None:
 )
 def serve(workers: int | None) -> None:
     """Run the processor that Envoy asks, in as many processes as the CPU limit allows beside Envoy."""
-    from extproc import serve
+    from extproc import startup
+
+    startup.fast()
     from extproc import workers as pool
 
     settings = Settings.from_environment(os.environ)
@@ -87,7 +89,9 @@ def serve(workers: int | None) -> None:
     if settings.envoy_config_path is not None:
         _render(settings, settings.envoy_config_path, count)
     if count == 1 and not settings.ship:
-        serve.main(settings)
+        from extproc.serve import main as run_processor
+
+        run_processor(settings)
     else:
         _policy(settings.policy_path)  # a policy that cannot be used is said once, not by every worker
         pool.run(settings, os.environ, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVE = "live"  # the service name of a liveness check
+_PATIENCE_S, _POLL_S = 0.8, 0.02  # less than a probe's shortest timeout, which is a second
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
@@ -17,6 +19,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self, unready: Callable[[], str | None], alive: Callable[[], bool]) -> None:
         self._unready = unready
         self._alive = alive
+        self._was_ready = False
 
     def Check(  # noqa: N802 (the service's name)
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
@@ -24,9 +27,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """SERVING or NOT_SERVING; NOT_FOUND for a service that is not here, as the protocol asks."""
         if request.service not in ("", LIVE):
             context.abort(grpc.StatusCode.NOT_FOUND, f"only the server as a whole and {LIVE!r} are known")
-        serving = self._alive() if request.service else self._unready() is None
+        serving = self._alive() if request.service else self._is_ready()
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)
+
+
+    def _is_ready(self) -> bool:
+        """Now, or soon: before the first time a startup probe, which comes once a second, waits for it."""
+        patience_s = 0.0 if self._was_ready else _PATIENCE_S
+        deadline_s = time.monotonic() + patience_s
+        while (unready := self._unready()) is not None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        self._was_ready |= unready is None
+        return unready is None
 
 
 class HealthServer:

@@ -41,6 +41,7 @@ from extproc.session import Services, Session
 from extproc.settings import Settings
 from extproc.settlements import SettlementLog
 from extproc.settling import Settler
+from extproc.startup import Startup
 from extproc.sweeping import Sweeper
 from extproc.target import Attempt, Targets
 from extproc.transports import End, Send
@@ -48,6 +49,7 @@ from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
 
 _TURN_TIMEOUT_S = 2.0  # longer than anything that the event loop does at once
+_KEYS_POLLS = 50  # of what else a start waits for: a second in all
 _WATCH_S = 1.0  # how often Redis and the learned factors are looked at
 
 _TRANSPORTS: dict[str, type[GrpcServer] | type[WireServer]] = {"grpc": GrpcServer, "wire": WireServer}
@@ -62,8 +64,10 @@ def _wall_ms() -> int:
 class Processor:
     """All parts of one processor, and what it lacks to be ready."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, startup: Startup) -> None:
         """Raises SettingsInvalid, PolicyInvalid or OSError where it cannot start."""
+        self._startup = startup
+        self._started = False
         self._settings = settings
         self._draining = False
         self._factors: dict[str, float] = {}
@@ -121,7 +125,9 @@ class Processor:
         self._secret_manager.start(lambda: loop.call_soon_threadsafe(self._secrets.reread))
         for encoding in ("o200k_base", "cl100k_base"):
             tokens.counter(encoding)  # a quarter of a second each: before the first request, not in it
+        self._startup.done("tokenizers")
         self._gate.prices.price(Target("openai", "gpt-4o"), None)  # the catalogue: a tenth of a second, likewise
+        self._startup.done("prices")
         self._keys.start()
         self._secrets.start()
         self._google.start()
@@ -237,12 +243,24 @@ class Processor:
 
         task.add_done_callback(self._tasks.discard)
 
+    async def _has_started(self) -> None:
+        self._started = True
+        self._startup.done("Redis")
+        for _ in range(_KEYS_POLLS):
+            if self.lacking() is None:
+                self._startup.done("keys")
+                break
+            await asyncio.sleep(_WATCH_S / _KEYS_POLLS)
+        _log.info("%s", self._startup.finish())
+
     async def _watch(self) -> None:
         while True:
             try:
                 await self._ledger.check()
                 self._factors = await self._ledger.factors()
                 self._ledger_lacks = None
+                if not self._started:
+                    await self._has_started()
             except LedgerUnavailable as error:
                 self._ledger_lacks = "Redis cannot be used"
                 _log.warning("redis: %s", error)
@@ -282,4 +300,8 @@ async def _main(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await Processor(settings).run(stop)
+    startup = Startup()
+    startup.done("imports")
+    processor = Processor(settings, startup)
+    startup.done("parts")
+    await processor.run(stop)

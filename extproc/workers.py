@@ -145,7 +145,9 @@ def _alive(sockets: list[Path]) -> Callable[[], bool]:
 
 def _any(sockets: list[Path], service: str) -> Callable[[], bool]:
     """Whether any worker says that it serves. Asks one after the other."""
-    stubs = [health_pb2_grpc.HealthStub(grpc.insecure_channel(f"unix:{path}")) for path in sockets]
+    # Asked for from the start on: where nobody listens yet, it is tried again at once and not a second later.
+    options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+    stubs = [health_pb2_grpc.HealthStub(grpc.insecure_channel(f"unix:{path}", options)) for path in sockets]
 
     def serves(stub: health_pb2_grpc.HealthStub) -> bool:
         try:

@@ -46,9 +46,9 @@ _REASONS = {
 }
 
 _CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", MIN_SECRET_BACKOFF_S * 1000),
-    ("grpc.min_reconnect_backoff_ms", MIN_SECRET_BACKOFF_S * 1000),
-    ("grpc.max_reconnect_backoff_ms", MAX_SECRET_BACKOFF_S * 1000),  # gRPC's own is 2 minutes
+    ("grpc.initial_reconnect_backoff_ms", int(MIN_SECRET_BACKOFF_S * 1000)),
+    ("grpc.min_reconnect_backoff_ms", int(MIN_SECRET_BACKOFF_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(MAX_SECRET_BACKOFF_S * 1000)),  # gRPC's own is 2 minutes
 )
 
 
@@ -63,7 +63,7 @@ class _Secret:
     provider: str
     name: str
     version: str = ""
-    attempted_s: float = -math.inf
+    refused_s: float = -math.inf  # when a refusal last had it fetched
     failures: int = 0
     wanted: threading.Event = field(default_factory=threading.Event)
 
@@ -106,9 +106,10 @@ class SecretManager:
         return self._keys.copy()
 
     def refused(self, provider: str) -> None:
-        """The provider did not accept its key: fetch it at once, unless that was done just now."""
-        secret = self._secrets[provider]
-        if self._clock_s() >= secret.attempted_s + SECRET_REFETCH_INTERVAL_S:
+        """The provider did not accept its key: fetch it at once, unless a refusal had it fetched just now."""
+        secret, now_s = self._secrets[provider], self._clock_s()
+        if now_s >= secret.refused_s + SECRET_REFETCH_INTERVAL_S:
+            secret.refused_s = now_s
             secret.wanted.set()
 
     def start(self, changed: Callable[[], object]) -> None:
@@ -139,7 +140,6 @@ class SecretManager:
 
     def _refresh(self, secret: _Secret) -> float:
         """Fetch a secret, and say in how many seconds to fetch it again."""
-        secret.attempted_s = self._clock_s()
         try:
             version, key = self._fetch(secret)
         except Exception as error:  # whatever went wrong, the key at hand stays in use and the next attempt comes
@@ -148,7 +148,7 @@ class SecretManager:
             secret.failures += 1
             kept = "the old key stays in use" if secret.version else "there is no key yet"
             log.warning("secrets: %s: attempt %d failed, %s: %s", secret, secret.failures, kept, _why(error))
-            return float(min(MIN_SECRET_BACKOFF_S * 2 ** min(secret.failures - 1, 16), MAX_SECRET_BACKOFF_S))
+            return min(MIN_SECRET_BACKOFF_S * 2.0 ** min(secret.failures - 1, 16), MAX_SECRET_BACKOFF_S)
         secret.failures = 0
         if version != secret.version:
             secret.version = version

@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 
 import grpc
@@ -52,7 +52,10 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def running(
-    endpoint: str, refresh_s: float = OFTEN_S, clock: Callable[[], float] = lambda: 0.0, **versions: str
+    endpoint: str,
+    refresh_s: float = OFTEN_S,
+    clock: Callable[[], float] = lambda: 0.0,
+    versions: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[SecretStore, SecretManager]]:
     """A store with these secrets, OpenAI's latest by default."""
     manager = SecretManager(versions or {"openai": LATEST}, refresh_s=refresh_s, endpoint=endpoint, clock_s=clock)
@@ -92,7 +95,7 @@ async def test_all_secrets_are_fetched_at_once(server: SecretManagerServer) -> N
     server.add("gemini", "gemini-canary-0123456789")
     server.answering.clear()
     versions = {"openai": LATEST, "gemini": "projects/p/secrets/gemini/versions/latest"}
-    async with running(server.endpoint, **versions) as (store, _):
+    async with running(server.endpoint, versions=versions) as (store, _):
         await eventually(lambda: len(server.asked) == 2, "both to be asked for")
         server.answering.set()
         await has(store, f"{CANARY}-1")
@@ -101,7 +104,7 @@ async def test_all_secrets_are_fetched_at_once(server: SecretManagerServer) -> N
 
 async def test_one_that_does_not_come_does_not_keep_the_others_back(server: SecretManagerServer) -> None:
     versions = {"openai": LATEST, "gemini": "projects/p/secrets/gemini/versions/latest"}
-    async with running(server.endpoint, **versions) as (store, _):
+    async with running(server.endpoint, versions=versions) as (store, _):
         await has(store, f"{CANARY}-1")
         assert store.key("gemini") is None
         server.add("gemini", "gemini-canary-0123456789")
@@ -131,7 +134,7 @@ async def test_the_latest_version_moves_and_the_old_key_is_still_redacted(server
 
 async def test_a_pinned_version_stays(server: SecretManagerServer) -> None:
     server.add("openai", f"{CANARY}-2")
-    async with running(server.endpoint, openai="projects/p/secrets/openai/versions/1") as (store, _):
+    async with running(server.endpoint, versions={"openai": "projects/p/secrets/openai/versions/1"}) as (store, _):
         await has(store, f"{CANARY}-1")
         await asked_again(server)
         assert store.key("openai") == f"{CANARY}-1"

@@ -48,6 +48,7 @@ def main(settings: Settings, out: BinaryIO) -> None:
     shipper = Shipper(directory, sink, rejected=rejected, stored=acknowledgements.stored)
     snapshots = Snapshots(lambda now_ms: read_balances(settings, now_ms), sink)
 
+    _log.info("shipping %s to %s", directory, settings.usage_store)
     stop, abandoned = threading.Event(), threading.Event()
     remote = settings.dataset is not None
     shipping = _start(lambda: shipper.run(stop.wait, abandoned.wait if remote else lambda _: True))

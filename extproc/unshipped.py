@@ -36,7 +36,8 @@ def rows_in(file: BinaryIO) -> Iterator[UsageRow | str | None]:
         try:
             yield decode(orjson.dumps(row)) if isinstance(row, dict) else None
         except ValueError as error:
-            yield f"{where} {number}: no usage row: {str(error).splitlines()[0]}"
+            reason = " ".join(str(error).split())[:200]
+            yield f"{where} {number}: no usage row: {reason}"
 
 
 class Rejected:

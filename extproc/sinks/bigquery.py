@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import requests
-from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
@@ -205,7 +205,8 @@ class _Table:
                 timeout=INSERT_TIMEOUT_S,
             )
         except FAILURES as error:
-            text = f"{self._name}: {one_line(error)}"
+            hint = " (`tollgate bigquery apply` creates it)" if isinstance(error, NotFound) else ""
+            text = f"{self._name}: {one_line(error)}{hint}"
             if isinstance(error, GoogleAPICallError) and error.code in _REFUSED_WHOLE:
                 raise _RefusedWhole(text, int(error.code)) from error
             raise SinkUnavailable(text) from error

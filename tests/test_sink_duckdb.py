@@ -153,3 +153,15 @@ def test_waits_while_another_process_has_the_file_open(path: Path, monkeypatch: 
         other.stdin.close()  # it ends now, while the next line already waits
         sink.write(SEGMENT, 1, [REAL])
     assert all_usage(path) == [REAL.record]
+
+
+def test_a_store_of_before_a_column_gets_it_and_keeps_its_rows(path: Path) -> None:
+    DuckDbSink(path).write(SEGMENT, 100, [REAL])
+    with duckdb.connect(path) as db:
+        db.execute("ALTER TABLE usage DROP COLUMN cache_savings_nanousd")
+        db.execute("DROP TABLE budget_snapshots")
+    sink = DuckDbSink(path)
+    later = usage_record("later", ts="2026-11-24T00:00:00.000Z", cache_savings_nanousd=5)
+    sink.write(SEGMENT, 200, [UsageRow(later), UsageRow(usage_record(cost_nanousd=9))])
+    assert all_usage(path) == [REAL.record, later]
+    assert sink.offset(SEGMENT) == 200

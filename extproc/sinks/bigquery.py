@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import requests
-from google.api_core.exceptions import GoogleAPICallError, NotFound
+from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError, NotFound, RetryError
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import bigquery
@@ -41,11 +41,12 @@ _ESSENTIAL = frozenset({"request_id", "ts", "cost_nanousd", "budget_id", "posted
 # Reasons of BigQuery's for not having tried a row, or not to the end.
 _UNTRIED = frozenset({"stopped", "timeout", "backendError", "internalError", "quotaExceeded", "rateLimitExceeded"})
 _NO_SUCH_FIELD = re.compile(r"no such field(?:: ?(\w+))?", re.IGNORECASE)
+_ADDRESS = re.compile(r"^[A-Z]+ https?://\S+: ")
 _TOO_LARGE = 413
 _REFUSED_WHOLE = (400, _TOO_LARGE)
 _ROW_OVERHEAD_BYTES = 40 + MAX_INSERT_ID_CHARS  # `{"json": …, "insertId": …}, `
 
-FAILURES = (GoogleAPICallError, GoogleAuthError, requests.RequestException)  # what Google's client raises
+FAILURES = (GoogleAPIError, GoogleAuthError, requests.RequestException)  # what Google's client raises
 
 SetAside = Callable[[UsageRow, str], None]
 
@@ -62,8 +63,11 @@ def connect(dataset: Dataset, endpoint: str | None) -> bigquery.Client:
 
 def one_line(error: Exception) -> str:
     """What went wrong, without the address and the lines of detail that Google's exceptions add."""
+    if isinstance(error, RetryError) and error.cause is not None:
+        error = error.cause
     message = error.message if isinstance(error, GoogleAPICallError) else str(error)
-    return " ".join(str(message or type(error).__name__).split())[:300]
+    said = _ADDRESS.sub("", str(message or type(error).__name__))
+    return " ".join(said.split())[:300]
 
 
 class BigQuerySink:

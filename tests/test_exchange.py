@@ -27,6 +27,7 @@ from extproc.events import (
     PlaceHold,
     PromptCounted,
     RefreshKeys,
+    RefreshSecret,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -1240,10 +1241,31 @@ def test_answers_that_do_not_go_on(
     status: int, headers: tuple[tuple[str, str], ...], end: bool, actual: Amount
 ) -> None:
     talk = Talk().sent()
-    assert kinds(talk.answered(status, headers, end)) == [Reply, Settle]
+    refresh = [RefreshSecret] if status in (401, 403) else []
+    assert kinds(talk.answered(status, headers, end)) == [Reply, Settle, *refresh]
     assert (talk.one(Reply).status, talk.error["code"]) == (502, "upstream_error")
     assert (talk.record.status, talk.record.outcome, talk.record.attempts) == (502, Outcome.UPSTREAM_ERROR, 2)
     assert talk.settlement.actual == actual
+
+
+REFUSALS = {
+    "openai": (401, b"", True),
+    "whoever means the key": (403, b"", True),
+    "gemini": (400, b'{"error": {"message": "API key not valid. Please pass a valid API key."}}', True),
+    "xai": (400, b'{"error": "Incorrect API key provided: sk-***."}', True),
+    "the caller is at fault": (400, b'{"error": {"message": "temperature must be below 2"}}', False),
+    "one that blames no key": (429, b'{"error": {"message": "too many calls with this API key"}}', False),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "refused"), REFUSALS.values(), ids=REFUSALS)
+def test_a_key_that_its_provider_refuses_is_fetched_again(status: int, body: bytes, refused: bool) -> None:
+    talk = Talk().sent()
+    commands = talk.answered(status)
+    if status not in (401, 403):
+        commands += talk.chunk(body[:30]) + talk.chunk(body[30:], end=True)
+    asked = [command for command in commands if isinstance(command, RefreshSecret)]
+    assert asked == ([RefreshSecret("openai")] if refused else [])
 
 
 def test_identity_is_an_encoding_that_may_pass() -> None:

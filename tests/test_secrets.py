@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from extproc.limits import MAX_SECRET_BYTES
+from extproc.limits import MAX_SECRET_BYTES, SECRET_REREAD_INTERVAL_S
 from extproc.providers import PROVIDERS as REGISTRY
 from extproc.redaction import Redactor
 from extproc.secrets import EnvironmentSource, FileSource, FirstOf, Secrets, SecretStore, variable_of
 from extproc.settings import SettingsInvalid
+from tests.rig import eventually
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 CANARY = "sk-canary-0123456789"
@@ -138,6 +140,36 @@ async def test_the_background_task_reads_again_until_it_is_closed(
         await asyncio.sleep(0.001)
     await store.close()
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_a_broken_file_does_not_keep_another_source_back(tmp_path: Path) -> None:
+    (tmp_path / "OPENAI_API_KEY").write_text("sk-old-0123456789")
+    env = {"GEMINI_API_KEY": "gemini-old-0123456789"}
+    store = SecretStore([files(tmp_path), EnvironmentSource(env, PROVIDERS)])
+    (tmp_path / "OPENAI_API_KEY").write_text("two words")
+    env["GEMINI_API_KEY"] = "gemini-new-0123456789"
+    await store.refresh()
+    assert (store.key("openai"), store.key("gemini")) == ("sk-old-0123456789", "gemini-new-0123456789")
+
+
+async def test_a_refused_key_has_the_files_read_at_once_and_not_too_often() -> None:
+    now_s, reads = 0.0, 0
+
+    class Counted:
+        def read(self) -> Mapping[str, str]:
+            nonlocal reads
+            reads += 1
+            return {}
+
+    store = SecretStore([Counted()], lambda: now_s)
+    store.start()
+    for _ in range(100):
+        store.refused()
+    await eventually(lambda: reads == 2, "the files to be read")
+    now_s += SECRET_REREAD_INTERVAL_S
+    store.refused()
+    await eventually(lambda: reads == 3, "the files to be read again")
+    await store.close()
 
 
 def test_no_value_is_shown(tmp_path: Path) -> None:

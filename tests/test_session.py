@@ -25,6 +25,7 @@ from extproc.events import (
     PlaceHold,
     PromptCounted,
     RefreshKeys,
+    RefreshSecret,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -159,6 +160,11 @@ async def test_commands_are_carried_out_in_their_order(shell: Shell) -> None:
         ("write", RECORD.record),
         ("learn", (lesson.target, 40, 44)),
     ]
+
+
+async def test_a_refused_key_is_said_with_its_provider(shell: Shell) -> None:
+    shell.feed(Reply(502), RefreshSecret("openai"))
+    assert shell.did[-1] == ("secret", "openai")
 
 
 async def test_a_reply_is_the_last_message_and_ends_the_stream_well(shell: Shell) -> None:

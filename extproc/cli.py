@@ -197,18 +197,43 @@ def usage(as_json: bool, wide: bool, last: int | None) -> None:
     from extproc import reports
     from extproc.sinks.duckdb import read_usage
 
-    settings = _stack_settings()
-    if settings.dataset is not None:
-        raise click.ClickException(f"usage goes to BigQuery: ask the view `{settings.dataset}.usage`")
-    if not settings.usage_db_path.exists():
-        raise click.ClickException(f"there is no usage store at {settings.usage_db_path}: {_IS_IT_RUNNING}")
-    records = read_usage(settings.usage_db_path, last or (None if as_json else _TABLE_RECORDS))
+    records = read_usage(_local_store("usage"), last or (None if as_json else _TABLE_RECORDS))
     if as_json:
         click.echo(reports.usage_json(records))
     elif not records:
         click.echo("no requests yet")
     else:
         _print(reports.wide_usage_table(records) if wide else reports.usage_table(records), wide=wide)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="A JSON array, with every column.")
+@click.option("--days", type=click.IntRange(1, 3_650), default=7, show_default=True, help="Up to today, in UTC.")
+def report(name: str | None, as_json: bool, days: int) -> None:
+    """Print one of the views of usage; without NAME, list them."""
+    from extproc import reports, views
+
+    names = [view.name for view in views.load()]
+    if name is None:
+        _print(reports.views_table(views.load()), wide=True)
+    elif name not in names:
+        raise click.ClickException(f"there is no report {name!r}; there are {', '.join(sorted(names))}")
+    else:
+        _report(name, as_json, days)
+
+
+def _report(name: str, as_json: bool, days: int) -> None:
+    from extproc import reports
+    from extproc.sinks.duckdb import read_view
+
+    found = read_view(_local_store(name), name, days)
+    if as_json:
+        click.echo(reports.report_json(found.columns, found.rows))
+    elif not found.rows:
+        click.echo("nothing to report")
+    else:
+        _print(reports.report_table(found.columns, found.rows), wide=True)
 
 
 @main.command()
@@ -309,6 +334,16 @@ def _dataset(settings: Settings) -> Dataset:
 
 def _stack_settings() -> Settings:
     return Settings.from_environment(stack_environment(os.environ))
+
+
+def _local_store(view: str) -> Path:
+    """The usage store's file, which must be there. `view` is where the same is found in BigQuery."""
+    settings = _stack_settings()
+    if settings.dataset is not None:
+        raise click.ClickException(f"usage goes to BigQuery: ask the view `{settings.dataset}.{view}`")
+    if not settings.usage_db_path.exists():
+        raise click.ClickException(f"there is no usage store at {settings.usage_db_path}: {_IS_IT_RUNNING}")
+    return settings.usage_db_path
 
 
 def _policy(path: Path) -> Policy:

@@ -1,4 +1,4 @@
-"""What `tollgate usage` and `tollgate budgets` show: records to tables and JSON. Pure."""
+"""What `tollgate usage`, `tollgate budgets` and `tollgate report` show: records to tables and JSON. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from extproc.records import Balance, Outcome, Unit, UsageRecord
+from extproc.views import View
 
 _NANOUSD_PER_USD = 10**9
 _NANOUSD_PER_MICROUSD = 1_000
 _FINE_BELOW_NANOUSD = 100 * _NANOUSD_PER_USD
 _AS_WISHED = (Outcome.OK, Outcome.CACHE_EXACT, Outcome.CACHE_SEMANTIC)
 _ANY_WIDTH = 10_000
+_MONEY = "_nanousd"
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -69,6 +71,11 @@ def usage_json(records: Sequence[UsageRecord]) -> str:
 def budgets_json(balances: Sequence[Balance]) -> str:
     """An array, one budget a line; figures in the budget's unit, `resets_at_ms` null for a total."""
     return _array([orjson.dumps(_balance(balance)) for balance in balances])
+
+
+def report_json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An array of a view's rows, one a line."""
+    return _array([orjson.dumps(dict(zip(columns, row, strict=True))) for row in rows])
 
 
 def _array(items: Sequence[bytes]) -> str:
@@ -142,6 +149,35 @@ def budgets_table(balances: Sequence[Balance], now_ms: int) -> Table:
         _Column("resets in", lambda balance: _resets_in(balance, now_ms), right=True),
     )
     return _table(columns, balances)
+
+
+def views_table(views: Sequence[View]) -> Table:
+    """One line a view: its name, and what it says."""
+    columns = (_Column("report", attrgetter("name")), _Column("what it says", attrgetter("summary")))
+    return _table(columns, sorted(views, key=attrgetter("name")))
+
+
+def report_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """One line a row of a view. Money is shown once, from the column that is exact."""
+    places = {name: place for place, name in enumerate(columns)}
+    unit = places.get("unit")
+    shown = [_report_column(name, place, unit, rows) for name, place in places.items() if name != "usd"]
+    return _table(shown, rows)
+
+
+def _report_column(name: str, place: int, unit: int | None, rows: Sequence[Sequence[Any]]) -> _Column:
+    def value(row: Sequence[Any]) -> object:
+        figure = row[place]
+        if isinstance(figure, bool) or not isinstance(figure, int | float):
+            return figure
+        if unit is not None:
+            return quantity(round(figure), Unit(row[unit]))
+        if isinstance(figure, float):
+            return f"{figure:.4g}"
+        return money(figure) if name.endswith(_MONEY) else f"{figure:,}"
+
+    figures = any(isinstance(row[place], int | float) and not isinstance(row[place], bool) for row in rows)
+    return _Column(name.removesuffix(_MONEY), value, right=figures)
 
 
 def fit(table: Table, console: Console) -> Table:

@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 from pydantic import TypeAdapter
 
+from extproc import views
 from extproc.limits import MAX_SHIP_BYTES
 from extproc.records import BudgetSnapshot, UsageRecord
 from extproc.sinks import SinkUnavailable, UsageRow
@@ -87,11 +88,24 @@ _SELECT_USAGE = f"""
     FROM usage ORDER BY ts DESC, request_id DESC LIMIT ?
 """  # noqa: S608 - the names are this module's own
 
+_AS_TEXT = {
+    "DATE": "CAST({} AS VARCHAR)",
+    "TIMESTAMP WITH TIME ZONE": "strftime({}, '%Y-%m-%dT%H:%M:%S.%gZ')",
+}
+
 _OPEN_TIMEOUT_S = 5.0  # a batch takes a tenth of a second; a dead process holds nothing
 _OPEN_RETRY_S = 0.02
 
 _usage_record = TypeAdapter(UsageRecord)
 _DEFAULTED = {field.name for field in dataclasses.fields(UsageRecord) if field.default is not dataclasses.MISSING}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """What a query found: `rows` have a value for each of `columns`."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
 
 
 class DuckDbSink:
@@ -143,6 +157,32 @@ def read_usage(path: Path, last: int | None = None) -> list[UsageRecord]:
     with _open(path, read_only=True) as db:
         rows = db.execute(_SELECT_USAGE, [last]).fetchall()
     return [_record(row) for row in reversed(rows)]
+
+
+def read_view(path: Path, name: str, days: int) -> Rows:
+    """A view's rows of the last `days` days (UTC, today included), oldest first, as `tollgate report` shows them.
+
+    Days and times come as text. Raises SinkUnavailable, and KeyError for a view that there is not.
+    """
+    every = {view.name: view for view in views.load()}
+    with _open(path, read_only=True) as db:
+        # Temporary names come before the file's own, so that its table must be named in full. It plays the log.
+        (file,) = db.execute("SELECT current_database()").fetchone() or ("",)
+        db.execute(f'CREATE TEMP VIEW usage_log AS SELECT * FROM "{file}".main.usage')  # noqa: S608 - likewise
+        for view in every.values():
+            db.execute(f'CREATE TEMP VIEW "{view.name}" AS {views.for_duckdb(view)}')
+        columns = [(column, str(type_)) for column, type_, *_ in db.table(every[name].name).description]
+        found = db.execute(_select_recent(name, columns), [days]).fetchall()
+    return Rows(tuple(column for column, _ in columns), tuple(found))
+
+
+def _select_recent(view: str, columns: Sequence[tuple[str, str]]) -> str:
+    names = [name for name, _ in columns]
+    when = "day" if "day" in names else "ts"
+    order = ", ".join(f'"{name}"' for name in (when, *names) if name in names)
+    shown = ", ".join(f"{_AS_TEXT.get(type_, '{}')} AS {{}}".format(*[f'"{name}"'] * 2) for name, type_ in columns)
+    recent = f"CAST({when} AS DATE) > current_date - CAST(? AS INTEGER)"
+    return f'SELECT {shown} FROM "{view}" WHERE {recent} ORDER BY {order}'  # noqa: S608 - names of our own files
 
 
 @contextmanager

@@ -173,12 +173,12 @@ class _Link(asyncio.Protocol):
 
     def _handle(self, event: StreamEvent) -> None:
         owner: _Owner | None = event.stream.owner
-        if isinstance(event, Opened):
+        if owner is not None and isinstance(event, Data):  # nearly every one
+            owner.data(event.data)
+        elif isinstance(event, Opened):
             self._open(event.stream, event)
         elif owner is None:
             return  # refused
-        elif isinstance(event, Data):
-            owner.data(event.data)
         elif isinstance(event, Ended):
             owner.ended()
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from extproc.identity import Identity
 from extproc.pricing import PriceBook
 from extproc.records import Policy, Target
+from extproc.tracing import BeginSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Gate:
     """One policy's worth of decisions. A reload makes another; exchanges under way keep the one they began with.
 
     `providers` gives those that can be asked. `unready` says in one line what the gateway cannot do without and lacks,
-    or None. `factor` is a target's billed ÷ counted, as learned so far.
+    or None. `factor` is a target's billed ÷ counted, as learned so far. `begin_span` is None where none is exported.
     """
 
     policy: Policy
@@ -39,3 +40,4 @@ class Gate:
     heartbeat_ms: int
     first_byte_timeout_ms: int
     admission_timeout_ms: int
+    begin_span: BeginSpan | None = None

@@ -87,7 +87,7 @@ class Journal:
         self._written = 0  # bytes in the current segment
         self._dirty = False
         self._synced_at = self._wrote_at = time.monotonic()
-        self._stored = _stored_bytes(directory)
+        self._stored = stored_bytes(directory)
         self._refused = False  # the disk took neither a write nor a sync
         self._said_full = False
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -180,7 +180,7 @@ class Journal:
             if self._dirty:
                 os.fdatasync(self._fd)
                 self._dirty = False
-            self._stored = _stored_bytes(self._directory)
+            self._stored = stored_bytes(self._directory)
             if self._rotation_due():
                 self._rotate()
             self._refused = False
@@ -215,7 +215,8 @@ class Journal:
             _log.warning("usage journal: %s", "full, new requests are refused" if full else "takes records again")
 
 
-def _stored_bytes(directory: Path) -> int:
+def stored_bytes(directory: Path) -> int:
+    """What the segments in a journal's directory hold: all processors'."""
     total = 0
     for path in directory.glob(SEGMENTS):
         try:

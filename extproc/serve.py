@@ -6,13 +6,17 @@ import asyncio
 import dataclasses
 import logging
 import os
+import random
 import signal
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from extproc import tokens
 from extproc.adopting import Adopter
@@ -44,9 +48,14 @@ from extproc.settling import Settler
 from extproc.startup import Startup
 from extproc.sweeping import Sweeper
 from extproc.target import Attempt, Targets
+from extproc.telemetry.metrics import Metrics, share, shared_directory
+from extproc.telemetry.page import MetricsPage
 from extproc.transports import End, Send
 from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
+
+if TYPE_CHECKING:
+    from extproc.telemetry.otlp import Otlp
 
 _TURN_TIMEOUT_S = 2.0  # longer than anything that the event loop does at once
 _KEYS_POLLS = 50  # of what else a start waits for: a second in all
@@ -109,11 +118,15 @@ class Processor:
             ledger=self._ledger,
             settle=self._settle,
             learn=self._learn,
-            write=self._journal.append,
+            write=self._append,
             refresh_keys=lambda issuer: asyncio.ensure_future(self._keys.refresh(issuer)),
             refresh_secret=self._refresh_secret,
             count=self._counting.count,
         )
+        self._registry = CollectorRegistry()
+        self._metrics = _metrics(settings, self._registry)
+        self._otlp = _otlp(settings)
+        self._page = _page(settings, self._registry, self.lacking)
         self._policy_file = PolicyFile(settings.policy_path, parse_policy, self._use)
         self._use(self._policy_file.policy)
         self._server = _TRANSPORTS[settings.transport](f"unix:{settings.socket_path}", self._open, self.lacking)
@@ -135,7 +148,9 @@ class Processor:
         self._sweeper.start()
         self._adopter.start()
         self._policy_file.start()
-        watching = asyncio.create_task(self._watch())
+        watching = [asyncio.create_task(self._watch())]
+        if self._page is not None:
+            watching.append(asyncio.create_task(self._page.watch(self._ledger.balances)))
         self._loop = asyncio.get_running_loop()
         self._health.start()
         self._settings.socket_path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +158,8 @@ class Processor:
         _log.info("serving on %s, health on port %d", self._settings.socket_path, self._health.port)
         await stop.wait()
         await self._drain()
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await self._close()
 
     def lacking(self) -> str | None:
@@ -193,6 +209,7 @@ class Processor:
             heartbeat_ms=settings.hold_ttl_ms // 3,
             first_byte_timeout_ms=settings.first_byte_timeout_ms,
             admission_timeout_ms=settings.admission_timeout_ms,
+            begin_span=self._otlp.begin if self._otlp is not None else None,
         )
         _log.info("policy %s is in use", policy.version)
 
@@ -219,6 +236,15 @@ class Processor:
         else:
             self._secrets.refused()
 
+    def _append(self, record: UsageRecord) -> bytes:
+        """A request's row, for the journal, and for whoever only counts."""
+        row = self._journal.append(record)
+        if self._metrics is not None:
+            self._metrics.record(record)
+        if self._otlp is not None:
+            self._otlp.record(record)
+        return row
+
     def _factor(self, target: Target) -> float:
         return self._factors.get(f"{target.provider}/{target.model}") or starting_factor(target)
 
@@ -237,7 +263,7 @@ class Processor:
         row = b""
         try:
             if record is not None:
-                row = self._journal.append(record)
+                row = self._append(record)
         finally:
             self._settler.settle(Settlement(settlement.request_id, settlement.windows, settlement.actual, row.decode()))
 
@@ -264,6 +290,8 @@ class Processor:
             except LedgerUnavailable as error:
                 self._ledger_lacks = "Redis cannot be used"
                 _log.warning("redis: %s", error)
+            if self._metrics is not None:
+                self._metrics.watch(self._server.open_streams, ledger=self._ledger_lacks is None)
             await asyncio.sleep(_WATCH_S)
 
     async def _drain(self) -> None:
@@ -288,6 +316,35 @@ class Processor:
         self._google.close()
         self._counting.close()
         self._journal.close()
+        if self._otlp is not None:
+            self._otlp.close()
+        if self._page is not None:
+            self._page.close()
+
+
+def _metrics(settings: Settings, registry: CollectorRegistry) -> Metrics | None:
+    """Counts where a page shows it: this process's own, or the one of whoever runs it beside others."""
+    if shared_directory() is not None:
+        share(settings.socket_path.stem)
+    elif settings.metrics_port is None:
+        return None
+    return Metrics(registry)
+
+
+def _page(settings: Settings, registry: CollectorRegistry, lacking: Callable[[], str | None]) -> MetricsPage | None:
+    if settings.metrics_port is None:
+        return None
+    page = MetricsPage(registry, settings.metrics_port, lacking, settings.state_dir / "journal")
+    _log.info("metrics on port %d", page.port)
+    return page
+
+
+def _otlp(settings: Settings) -> Otlp | None:
+    if settings.otlp_endpoint is None:
+        return None
+    from extproc.telemetry.otlp import Otlp  # noqa: PLC0415 (a third of a second, for those who want it)
+
+    return Otlp(settings.base_urls, random.SystemRandom().getrandbits)
 
 
 def main(settings: Settings) -> None:

@@ -48,6 +48,8 @@ class Settings:
     state_dir: Path
     usage_db_path: Path
     health_port: int = 9091
+    metrics_port: int | None = 9464
+    otlp_endpoint: str | None = None
     health_host: str = "127.0.0.1"
     envoy_config_path: Path | None = None
     transport: str = TRANSPORTS[0]
@@ -90,6 +92,8 @@ class Settings:
             state_dir=state_dir,
             usage_db_path=Path(env.get("TOLLGATE_USAGE_DB") or state_dir / "usage.duckdb"),
             health_port=_integer(env, "TOLLGATE_HEALTH_PORT", 9091, 0, 65_535),
+            metrics_port=_metrics_port(env),
+            otlp_endpoint=_otlp_endpoint(env),
             health_host=_address(env, "TOLLGATE_HEALTH_HOST", "127.0.0.1"),
             envoy_config_path=Path(env["TOLLGATE_ENVOY_CONFIG"]) if env.get("TOLLGATE_ENVOY_CONFIG") else None,
             transport=_choice(env, "TOLLGATE_TRANSPORT", TRANSPORTS),
@@ -131,6 +135,17 @@ def _address(env: Mapping[str, str], name: str, default: str) -> str:
         return str(ip_address(value))
     except ValueError:
         raise SettingsInvalid(f"{name} must be an IP address") from None
+
+
+def _metrics_port(env: Mapping[str, str]) -> int | None:
+    name = "TOLLGATE_METRICS_PORT"
+    return None if env.get(name) == "off" else _integer(env, name, 9464, 0, 65_535)
+
+
+def _otlp_endpoint(env: Mapping[str, str]) -> str | None:
+    """Only whether there is one matters here: OpenTelemetry's SDK reads the variable itself."""
+    name = "OTEL_EXPORTER_OTLP_ENDPOINT"
+    return _base_url(name, env[name]) if env.get(name) else None
 
 
 def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from math import ceil
 from pathlib import Path
 
@@ -19,10 +20,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from extproc.health import LIVE, HealthServer
+from extproc.ledger import Ledger
 from extproc.limits import MAX_WORKERS
 from extproc.process import Child
 from extproc.providers import PROVIDERS
 from extproc.settings import Settings
+from extproc.telemetry.metrics import SHARED_DIRECTORY
+from extproc.telemetry.page import MetricsPage, shared
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "<quota> <period>", or "max <period>"
 _CHECK_TIMEOUT_S = 1.0
@@ -60,7 +64,32 @@ def run(settings: Settings, env: Mapping[str, str], count: int) -> None:
     The workers drain, and have the time that one processor has; then the shipper flushes.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(_run(settings, env, count))
+    asyncio.run(_observed(settings, env, count))
+
+
+async def _observed(settings: Settings, env: Mapping[str, str], count: int) -> None:
+    """Run them, and serve what they count on one page."""
+    if settings.metrics_port is None:
+        await _run(settings, env, count)
+        return
+    directory = settings.state_dir.absolute() / "metrics"
+    async with _page(settings, settings.metrics_port, directory, count):
+        await _run(settings, {**env, "TOLLGATE_METRICS_PORT": "off", SHARED_DIRECTORY: str(directory)}, count)
+
+
+@asynccontextmanager
+async def _page(settings: Settings, port: int, directory: Path, count: int) -> AsyncIterator[None]:
+    lacking = _lacking([worker_socket(settings.socket_path, number) for number in range(count)])
+    page = MetricsPage(shared(directory), port, lacking, settings.state_dir / "journal")
+    _log.info("metrics on port %d", page.port)
+    ledger = Ledger(settings.redis_url, namespace=settings.namespace, timeout_ms=settings.ledger_timeout_ms)
+    watching = asyncio.create_task(page.watch(ledger.balances))
+    try:
+        yield
+    finally:
+        watching.cancel()
+        page.close()
+        await ledger.close()
 
 
 async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:

@@ -33,6 +33,7 @@ from extproc.local.provider import Received, Script, ScriptedProvider
 from extproc.local.valkey import LocalValkey, free_port
 from extproc.providers import PROVIDERS
 from extproc.records import Balance, UsageRecord
+from extproc.workers import worker_socket
 
 AUDIENCE = "https://tollgate.test"
 SERVICE = "ranker@test.iam.gserviceaccount.com"
@@ -104,12 +105,13 @@ class Processor:
     socket: Path
     state_dir: Path
     environment: Mapping[str, str]
+    workers: int = 1
     process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         log = (self.state_dir / "processor.log").open("ab")
-        command = (sys.executable, "-m", "extproc", "serve", "--workers", "1")
+        command = (sys.executable, "-m", "extproc", "serve", "--workers", str(self.workers))
         self.process = await asyncio.create_subprocess_exec(
             *command, env=dict(self.environment), stdout=log, stderr=log
         )
@@ -306,7 +308,8 @@ class Rig:
             async def healthy() -> bool:
                 with suppress(httpx.HTTPError):
                     # All processors that run, and not only the one that would be asked now.
-                    alive = sum(p.process is not None and p.process.returncode is None for p in self.processors)
+                    running = (p for p in self.processors if p.process is not None and p.process.returncode is None)
+                    alive = sum(p.workers for p in running)
                     members = await self.admin("/stats?filter=cluster.extproc.membership_healthy")
                     asked = [await client.get(f"{self.url}/healthz") for _ in range(alive)]
                     return members.strip().endswith(f": {alive}") and all(a.status_code == 200 for a in asked)
@@ -348,6 +351,7 @@ async def running(
     budgets: str = "  []\n",
     policy: str | None = None,
     processors: int = 1,
+    workers_each: int = 1,
     environment: Mapping[str, str] | None = None,
     base_url: Callable[[ScriptedProvider], str] | None = None,
     base_urls: Mapping[str, str] | None = None,
@@ -392,12 +396,14 @@ async def running(
             Processor(
                 socket=state_dir / "s",
                 state_dir=state_dir,
+                workers=workers_each,
                 environment={
                     "PATH": os.environ["PATH"],
                     "TOLLGATE_POLICY": str(policy_path),
                     "TOLLGATE_STATE_DIR": str(state_dir),
                     "TOLLGATE_SOCKET": str(state_dir / "s"),
                     "TOLLGATE_HEALTH_PORT": "0",
+                    "TOLLGATE_METRICS_PORT": "0",
                     # Google's issuer too, so that nothing is fetched from beyond this machine.
                     "TOLLGATE_ISSUER_KEYS": " ".join(
                         f"{name}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}"
@@ -415,7 +421,7 @@ async def running(
         Places(
             port=port,
             admin_port=admin_port,
-            sockets=[worker.socket for worker in workers],
+            sockets=[worker_socket(worker.socket, n) for worker in workers for n in range(workers_each)],
             base_urls=urls,
             **(places or {}),
         )

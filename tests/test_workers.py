@@ -73,6 +73,7 @@ async def test_a_worker_that_dies_is_followed_by_another(short_directory: Path) 
                 "TOLLGATE_POLICY": str(directory / "policy.yaml"),
                 "TOLLGATE_STATE_DIR": str(directory),
                 "TOLLGATE_HEALTH_PORT": health.partition(":")[2],
+                "TOLLGATE_METRICS_PORT": "0",
                 "TOLLGATE_ISSUER_KEYS": " ".join(
                     f"{name}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}"
                     for name in (issuer.issuer, "https://accounts.google.com")

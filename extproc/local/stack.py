@@ -120,6 +120,7 @@ class Stack:
         env = {
             **env,
             "TOLLGATE_HEALTH_PORT": str(free_port()),
+            "TOLLGATE_METRICS_PORT": self._env.get("TOLLGATE_METRICS_PORT") or str(free_port()),
             "TOLLGATE_SOCKET": str(self._socket_path(parts)),
             "TOLLGATE_WORKERS": str(self._workers),
         }

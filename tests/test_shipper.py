@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import random
 import signal
 import subprocess
@@ -289,3 +291,72 @@ def test_no_row_is_lost_or_doubled_by_kills_at_any_moment(tmp_path: Path, direct
             process.kill()
     journal.close()
     assert sorted(finish(kind, directory, store)) == written
+
+
+# The end ------------------------------------------------------------------------------------------------------------
+
+
+def handed(out: io.BytesIO) -> list[str]:
+    return [json.loads(line)["usage_row"]["request_id"] for line in out.getvalue().splitlines()]
+
+
+def test_what_is_handed_over_is_what_was_not_stored_and_counts_as_stored(
+    directory: Path, sink: PlainSink, shipper: Shipper
+) -> None:
+    path = write_segment(directory, "1-1-1", lines("a") + b"unreadable\n" + lines("b") + lines("torn")[:-1])
+    write_segment(directory, "2-1-1", b"")
+    sink.write(path.name, len(lines("a")), [])
+    stored: list[str] = []
+    shipper._stored = stored.extend
+    out = io.BytesIO()
+    assert shipper.hand_over(out) == 1
+    assert handed(out) == stored == ["b"]
+    assert (directory / "rejected.jsonl").read_bytes() == b"unreadable\n"
+    assert shipper.hand_over(io.BytesIO()) == 0
+    assert sink.ids() == []
+
+
+def test_more_than_a_batch_is_handed_over(directory: Path, shipper: Shipper) -> None:
+    ids = [f"r{number}" for number in range(5000)]
+    write_segment(directory, "1-1-1", lines(*ids))
+    out = io.BytesIO()
+    assert shipper.hand_over(out) == 5000
+    assert handed(out) == ids
+
+
+def test_a_shipper_that_still_runs_while_it_is_handed_over_sends_no_more_and_deletes_nothing(
+    tmp_path: Path, directory: Path
+) -> None:
+    ids = [f"r{number}" for number in range(1500)]
+    path = write_segment(directory, "1-1-1", lines(*ids))
+    out = io.BytesIO()
+
+    class Slow(PlainSink):
+        def write(self, segment: str, offset_after: int, rows: Sequence[UsageRow]) -> None:
+            super().write(segment, offset_after, rows)
+            if rows:  # the first batch arrives after all
+                both.hand_over(out)
+
+    with closing(Slow(tmp_path / "slow.sqlite")) as sink, closing(Shipper(directory, sink)) as both:
+        assert both.ship_once() == 500
+        assert sink.ids() + handed(out) == ids
+        assert path.exists()
+
+
+def test_after_the_stop_a_failing_store_is_tried_again_until_it_is_abandoned(tmp_path: Path, directory: Path) -> None:
+    write_segment(directory, "1-1-1", lines("a"))
+    sink = FailingSink(tmp_path / "plain.sqlite")
+    sink.fails_at = 1
+    waits: list[float] = []
+
+    def abandoned(seconds: float) -> bool:
+        waits.append(seconds)
+        return False
+
+    with closing(sink), closing(Shipper(directory, sink, jitter=lambda: 0.0)) as shipper:
+        shipper.run(lambda _: True, abandoned)
+        assert (sink.ids(), waits) == (["a"], [sink.interval_s])
+        write_segment(directory, "2-1-1", lines("b"))
+        sink.fails_at = 1
+        shipper.run(lambda _: True, lambda _: True)
+        assert sink.ids() == ["a"]

@@ -123,9 +123,12 @@ class Stack:
             "TOLLGATE_METRICS_PORT": self._env.get("TOLLGATE_METRICS_PORT") or str(free_port()),
             "TOLLGATE_SOCKET": str(self._socket_path(parts)),
             "TOLLGATE_WORKERS": str(self._workers),
+            "TOLLGATE_SHIP": "0",  # it has a child of its own for that
         }
         without_keys = {name: value for name, value in env.items() if name not in _KEYS}
-        await self._run_child(parts, "usage store", (sys.executable, "-m", "extproc", "ship"), without_keys, 5.0)
+        ship = (sys.executable, "-m", "extproc", "ship")
+        shipper_grace_s = self._settings.flush_timeout_s + 1.0
+        await self._run_child(parts, "usage store", ship, without_keys, shipper_grace_s)
         processor = (sys.executable, "-m", "extproc", "serve")
         await self._run_child(parts, "processor", processor, env, _PROCESSOR_GRACE_S)
         await self._run_envoy(parts, without_keys, base_urls)

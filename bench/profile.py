@@ -97,7 +97,8 @@ class Messages:
         gate = Call(processor, "gate")
         await gate.feed(gate_headers)
         await gate.feed(self.body)
-        said = pb.ProcessingResponse.FromString(gate.last).dynamic_metadata[_NAMESPACE]["itinerary"]
+        metadata = pb.ProcessingResponse.FromString(gate.last).dynamic_metadata
+        said = metadata.fields[_NAMESPACE].struct_value.fields["itinerary"].string_value
         gate.session.close()
         self._itinerary, self._itinerary_of = said, next(h.raw_value.decode() for h in request if h.key == _ID)
 

@@ -15,11 +15,11 @@ up: $(READY)
 up-manifest: $(READY)
 	@exec $(VENV)/bin/tollgate up-manifest
 
-# Every test, two at a time; then those through a real Envoy once more, on the reference transport, with the subset of
-# the recordings that is in the tree.
+# Every test, two at a time; then those through a real Envoy once more, on the reference transport, with processor and
+# Envoy as the manifest defines them, and with the subset of the recordings that is in the tree.
 test: $(READY)
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
-	TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
+	TOLLGATE_RIG=manifest TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
 
 check: lint types imports protos-drift
 

@@ -26,6 +26,7 @@ import yaml
 from extproc import journal
 from extproc.envoy_config import Places, render
 from extproc.ledger import Ledger
+from extproc.local.container import Process as Container
 from extproc.local.envoy_check import envoy_binary
 from extproc.local.http import Server
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
@@ -34,6 +35,7 @@ from extproc.local.valkey import LocalValkey, free_port
 from extproc.providers import PROVIDERS
 from extproc.records import Balance, UsageRecord
 from extproc.workers import worker_socket
+from tests import manifest_rig
 
 AUDIENCE = "https://tollgate.test"
 SERVICE = "ranker@test.iam.gserviceaccount.com"
@@ -106,14 +108,18 @@ class Processor:
     state_dir: Path
     environment: Mapping[str, str]
     workers: int = 1
+    container: Container | None = None
     process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         log = (self.state_dir / "processor.log").open("ab")
-        command = (sys.executable, "-m", "extproc", "serve", "--workers", str(self.workers))
+        command: tuple[str, ...] = (sys.executable, "-m", "extproc", "serve", "--workers", str(self.workers))
+        if self.container is not None:
+            command = manifest_rig.executable(self.container)
+        directory = self.container.directory if self.container is not None else None
         self.process = await asyncio.create_subprocess_exec(
-            *command, env=dict(self.environment), stdout=log, stderr=log
+            *command, env=dict(self.environment), cwd=directory, stdout=log, stderr=log
         )
         log.close()
 
@@ -147,7 +153,9 @@ class Rig:
     port: int
     admin_port: int
     namespace: str
+    redis_url: str
     policy_path: Path
+    envoys_container: Container | None = None
     scripts: dict[str, Callable[[Received], Script]] = field(default_factory=dict)
     played: list[tuple[Received, Script]] = field(default_factory=list)  # what the providers were asked and answered
     minted: list[str] = field(default_factory=list)  # every ID token, for canaries
@@ -225,7 +233,7 @@ class Rig:
 
     @asynccontextmanager
     async def ledger(self) -> AsyncIterator[Ledger]:
-        ledger = Ledger(self.valkey.url, namespace=self.namespace)
+        ledger = Ledger(self.redis_url, namespace=self.namespace)
         try:
             yield ledger
         finally:
@@ -296,11 +304,11 @@ class Rig:
         return balances
 
     async def kill_envoy(self) -> None:
-        self.envoy.kill()
+        os.killpg(self.envoy.pid, signal.SIGKILL)  # in a container, Envoy is not the first process
         await self.envoy.wait()
 
     async def start_envoy(self) -> None:
-        self.envoy = await _start_envoy(self.directory)
+        self.envoy = await _start_envoy(self.directory, self.envoys_container)
 
     async def ready(self) -> None:
         async with httpx.AsyncClient() as client:
@@ -359,13 +367,17 @@ async def running(
     places: Mapping[str, Any] | None = None,
     tls: Any = None,
     tune: Callable[[dict[str, Any]], None] | None = None,
+    redis: tuple[LocalValkey, str] | None = None,
+    beside: Rig | None = None,
 ) -> AsyncIterator[Rig]:
     """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration.
 
-    `base_urls` are of providers that are somebody else than the rig's own.
+    `base_urls` are of providers that are somebody else than the rig's own. `redis` is a server that runs already, and
+    what the processors are told of it. `beside`: another instance of that gateway, with the same providers, issuer,
+    policy and Redis.
     """
-    scripts: dict[str, Callable[[Received], Script]] = {}
-    played: list[tuple[Received, Script]] = []
+    scripts: dict[str, Callable[[Received], Script]] = beside.scripts if beside else {}
+    played: list[tuple[Received, Script]] = beside.played if beside else []
 
     def chooser(name: str) -> Callable[[Received], Script]:
         def choose(request: Received) -> Script:
@@ -375,16 +387,19 @@ async def running(
 
         return choose
 
-    scripted = {name: ScriptedProvider(chooser(name)) for name in providers}
+    scripted = {name: ScriptedProvider(chooser(name)) for name in (() if beside else providers)}
     for one in scripted.values():
         await one.start(tls)
-    issuer = DevIssuer.open(directory)
+    issuer = DevIssuer.open(beside.directory if beside else directory)
     keys = await serve_certificates(issuer)
-    valkey = LocalValkey(directory / "valkey", appendonly=True).start()
+    shared = (beside.valkey, beside.redis_url) if beside else redis
+    valkey = shared[0] if shared else LocalValkey(directory / "valkey", appendonly=True).start()
+    redis_url = shared[1] if shared else valkey.url
     policy_path = directory / "policy.yaml"
-    policy_path.write_text(policy or POLICY + budgets)
+    policy_path.write_text(beside.policy_path.read_text() if beside else policy or POLICY + budgets)
     port, admin_port = free_port(), free_port()
-    urls = {name: _base_url(name, one) for name, one in scripted.items()}
+    asked = beside.providers if beside else scripted
+    urls = {name: _base_url(name, one) for name, one in asked.items()}
     if base_url:
         urls["openai"] = base_url(scripted["openai"])
     urls.update(base_urls or {})
@@ -409,7 +424,7 @@ async def running(
                         f"{name}=http://127.0.0.1:{keys.port}{CERTIFICATES_PATH}"
                         for name in (issuer.issuer, "https://accounts.google.com")
                     ),
-                    "REDIS_URL": valkey.url,
+                    "REDIS_URL": redis_url,
                     **{PROVIDERS[name].key_variable: key_of(name) for name in providers},
                     **{PROVIDERS[name].base_url_variable: url for name, url in urls.items()},
                     "TOLLGATE_TRANSPORT": os.environ.get("TOLLGATE_TRANSPORT", ""),  # every rig, over either
@@ -431,13 +446,20 @@ async def running(
         tune(config)
         envoys_config = yaml.safe_dump(config, sort_keys=False)
     (directory / "envoy.yaml").write_text(envoys_config)
+    container: Container | None = None
+    tuned = tune or places or processors > 1 or workers[0].workers > 1
+    if manifest_rig.wanted() and not tuned:
+        container, workers = _contained(directory, port, admin_port, policy_path, workers[0])
     for worker in workers:
         await worker.start()
-    envoy = await _start_envoy(directory)
+    if container is not None:
+        config = Path(container.env["TOLLGATE_ENVOY_CONFIG"])
+        await eventually(config.exists, "the processor to write Envoy's configuration")
+    envoy = await _start_envoy(directory, container)
     rig = Rig(
         directory=directory,
         valkey=valkey,
-        providers=scripted,
+        providers=asked,
         issuer=issuer,
         keys=keys,
         processors=workers,
@@ -445,7 +467,9 @@ async def running(
         port=port,
         admin_port=admin_port,
         namespace="tollgate",
+        redis_url=redis_url,
         policy_path=policy_path,
+        envoys_container=container,
         scripts=scripts,
         played=played,
     )
@@ -454,14 +478,14 @@ async def running(
         yield rig
     finally:
         if rig.envoy.returncode is None:
-            rig.envoy.kill()
-        await rig.envoy.wait()
+            await rig.kill_envoy()
         for worker in workers:
             await worker.stop(signal.SIGKILL)
         for one in scripted.values():
             await one.close()
         await keys.close()
-        valkey.stop()
+        if shared is None:
+            valkey.stop()
 
 
 def _base_url(name: str, provider: ScriptedProvider) -> str:
@@ -470,14 +494,32 @@ def _base_url(name: str, provider: ScriptedProvider) -> str:
     return f"http://127.0.0.1:{provider.port}{urlsplit(real).path}"
 
 
-async def _start_envoy(directory: Path) -> asyncio.subprocess.Process:
+def _contained(
+    directory: Path, port: int, admin_port: int, policy_path: Path, plain: Processor
+) -> tuple[Container, list[Processor]]:
+    """Envoy's container, and the processor as the manifest has it."""
+    envoy, container = manifest_rig.containers(directory, port, admin_port, policy_path, plain.environment)
+    state_dir = Path(container.env["TOLLGATE_STATE_DIR"])
+    state_dir.mkdir()  # for the log
+    socket = Path(container.env["TOLLGATE_SOCKET"])
+    return envoy, [Processor(socket, state_dir, container.env, container=container)]
+
+
+async def _start_envoy(directory: Path, container: Container | None) -> asyncio.subprocess.Process:
     log = (directory / "envoy.log").open("ab")
-    process = await asyncio.create_subprocess_exec(
-        envoy_binary(),
-        *("--config-path", str(directory / "envoy.yaml")),
+    command: tuple[str, ...] = (
+        *(envoy_binary(), "--config-path", str(directory / "envoy.yaml")),
         *("--log-level", "warn", "--concurrency", "1", "--use-dynamic-base-id", "--file-flush-interval-msec", "50"),
+    )
+    if container is not None:
+        command = manifest_rig.executable(container)
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env=dict(container.env) if container is not None else None,
+        cwd=container.directory if container is not None else None,
         stdout=log,
         stderr=log,
+        start_new_session=True,
     )
     log.close()
     return process

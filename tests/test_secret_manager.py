@@ -276,3 +276,16 @@ def test_without_names_there_is_no_thread_and_googles_client_is_not_loaded() -> 
         "assert not [m for m in sys.modules if m.startswith(('google.cloud.secretmanager', 'google.api_core'))]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_refusals_that_follow_one_another_ask_once_in_an_interval() -> None:
+    clock = Clock()
+    manager = SecretManager({"openai": LATEST}, refresh_s=SELDOM_S, clock_s=clock)
+    wanted = manager._secrets["openai"].wanted
+    for _ in range(2):
+        manager.refused("openai")
+        assert wanted.is_set()
+        wanted.clear()
+        manager.refused("openai")
+        assert not wanted.is_set()
+        clock.now_s += SECRET_REFETCH_INTERVAL_S

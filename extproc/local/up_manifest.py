@@ -73,7 +73,7 @@ class ManifestStack(Stack):
         for name, ready_s in sorted(one.ready_s.items(), key=lambda item: item[1]):
             steps = _STARTED.search(self._log_path(name).read_text(errors="replace"))
             own = f", of which {steps[1]}" if steps else ""
-            print(f"  {name}: {one.started_s[name]:.2f} s to {ready_s:.2f} s, with its probe{own}", flush=True)
+            print(f"  {name}: from {one.started_s[name]:.2f} s to {ready_s:.2f} s, with its probe{own}", flush=True)
 
 
 @contextmanager

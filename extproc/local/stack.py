@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
@@ -53,13 +53,13 @@ class StackFailed(Exception):
 
 def run() -> None:
     """Run until Ctrl-C or SIGTERM. Exits with 1, and one line on stderr, where it cannot."""
-    run_stack(Stack(os.environ))
+    run_stack(lambda: Stack(os.environ))
 
 
-def run_stack(stack: Stack) -> None:
-    """See `run`."""
+def run_stack(make: Callable[[], Stack]) -> None:
+    """See `run`. A stack that cannot be made is said likewise."""
     try:
-        asyncio.run(stack.run())
+        asyncio.run(make().run())
     except (StackFailed, SettingsInvalid, ValkeyFailed, OSError) as error:
         sys.exit(f"tollgate: {error}")
     except PolicyInvalid as error:

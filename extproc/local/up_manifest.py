@@ -25,7 +25,7 @@ _STARTED = re.compile(r"started in [0-9.]+ s: (.*)")
 
 def run(changes: Mapping[str, str]) -> None:
     """Run until Ctrl-C or SIGTERM. `changes` are variables that take the place of the manifest's."""
-    run_stack(ManifestStack(os.environ, changes))
+    run_stack(lambda: ManifestStack(os.environ, changes))
 
 
 class ManifestStack(Stack):

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from google.auth import jwt
 
-from extproc import cli
+from extproc import cli, views
 from extproc.budget import window_at
 from extproc.envoy_config import TEMPLATE
 from extproc.journal import Journal, encode
@@ -26,7 +27,20 @@ from extproc.limits import MIB
 from extproc.local.issuer import DevIssuer
 from extproc.local.valkey import LocalValkey
 from extproc.policy import parse_policy
-from extproc.records import Amount, Balance, Budget, Hold, HoldAsk, Mode, Settlement, Unit, UsageRecord, Window
+from extproc.records import (
+    Amount,
+    Balance,
+    Budget,
+    BudgetSnapshot,
+    Hold,
+    HoldAsk,
+    Mode,
+    Scope,
+    Settlement,
+    Unit,
+    UsageRecord,
+    Window,
+)
 from extproc.shipper import Shipper
 from extproc.sinks import UsageRow
 from extproc.sinks.duckdb import DuckDbSink
@@ -163,6 +177,77 @@ class TestUsage:
         monkeypatch.setattr("extproc.sinks.duckdb._OPEN_TIMEOUT_S", 0)
         (directory / "other").write_text("nonsense" * 1000)
         fails_in_one_line(tollgate("usage", env={"TOLLGATE_USAGE_DB": "other"}), "not a valid DuckDB")
+
+
+# report ---------------------------------------------------------------------------------------------------------------
+
+
+class TestReport:
+    @pytest.fixture(autouse=True)
+    def store(self, directory: Path) -> None:
+        """A journal, shipped as `tollgate ship` does it: two requests of today, one of the day before, one orphan."""
+        now = datetime.now(UTC)
+        records = [
+            usage_record("a", ts=now.isoformat(), cost_nanousd=1),
+            usage_record("b", ts=now.isoformat(), cost_nanousd=2_750_001),
+            usage_record("c", ts=(now - timedelta(days=1)).isoformat(), cost_nanousd=7),
+        ]
+        journal = Journal(directory / ".tollgate" / "journal", max_bytes=MIB, clock=lambda: 1)
+        for record in records:
+            journal.append(record)
+        journal.append_orphan(records[0])
+        journal.close()
+        sink = DuckDbSink(directory / ".tollgate" / "usage.duckdb")
+        shipper = Shipper(directory / ".tollgate" / "journal", sink)
+        shipper.ship_once()
+        shipper.close()
+        look = BudgetSnapshot(
+            now.isoformat(), "b/day/usd", Scope.USER, Window.DAY, Unit.NANOUSD, Mode.HARD, 5, 7, 0, None
+        )
+        sink.write_snapshots([look])
+
+    def test_without_a_name_lists_them(self) -> None:
+        header, *lines = tollgate("report").stdout.splitlines()
+        assert header.split() == ["report", "what", "it", "says"]
+        assert [line.split()[0] for line in lines] == sorted(view.name for view in views.load())
+
+    @pytest.mark.parametrize("view", [view.name for view in views.load()])
+    def test_every_view_runs_on_the_local_store(self, view: str) -> None:
+        result = tollgate("report", view, "--json")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert isinstance(json.loads(result.stdout), list)
+        assert tollgate("report", view).exit_code == 0
+
+    def test_is_of_so_many_days_and_exact(self) -> None:
+        (today,) = json.loads(tollgate("report", "spend_daily", "--json", "--days", "1").stdout)
+        assert (today["day"], today["requests"], today["cost_nanousd"]) == (f"{datetime.now(UTC):%F}", 2, 2_750_002)
+        both = json.loads(tollgate("report", "spend_daily", "--json", "--days", "2").stdout)
+        assert [day["cost_nanousd"] for day in both] == [7, 2_750_002]
+
+    def test_times_are_utc_text(self) -> None:
+        (budget,) = json.loads(tollgate("report", "budget_burn_down", "--json").stdout)
+        assert datetime.fromisoformat(budget["ts"]).tzinfo is UTC
+        assert (budget["left_amount"], budget["resets_at"]) == (-2, None)
+
+    def test_as_a_table(self) -> None:
+        header, line = tollgate("report", "spend_daily", "--days", "1").stdout.splitlines()
+        assert header.split()[-2:] == ["reasoning_tokens", "cost"]
+        assert line.split()[-1] == "$0.002750"
+
+    def test_where_there_is_nothing(self) -> None:
+        assert tollgate("report", "failovers").stdout == "nothing to report\n"
+        assert tollgate("report", "failovers", "--json").stdout == "[]\n"
+
+    def test_that_there_is_not(self) -> None:
+        fails_in_one_line(tollgate("report", "nothing"), "no report 'nothing'", "spend_daily")
+
+    def test_without_a_store(self, directory: Path) -> None:
+        (directory / ".tollgate" / "usage.duckdb").unlink()
+        fails_in_one_line(tollgate("report", "usage"), ".tollgate/usage.duckdb", "is the stack running?")
+
+    def test_where_usage_goes_to_bigquery(self) -> None:
+        store = {"TOLLGATE_USAGE_STORE": "bigquery://my-project/usage"}
+        fails_in_one_line(tollgate("report", "latency", env=store), "my-project.usage.latency")
 
 
 # budgets --------------------------------------------------------------------------------------------------------------

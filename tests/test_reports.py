@@ -16,10 +16,14 @@ from extproc.reports import (
     moment,
     money,
     quantity,
+    report_json,
+    report_table,
     usage_json,
     usage_table,
+    views_table,
     wide_usage_table,
 )
+from extproc.views import View
 from tests.usage_rows import usage_record
 
 SERVICE = Balance(
@@ -206,3 +210,39 @@ class TestBudgetsTable:
         lines = shown(budgets_table([SERVICE, USER], now_ms=0), width)
         assert len(lines) == 3
         assert all(len(line) <= width for line in lines)
+
+
+class TestReport:
+    COLUMNS = ("day", "user", "requests", "cost_nanousd", "usd", "share")
+    ROWS = (
+        ("2026-11-23", None, 1_234, 123_456_000, 0.123456, 1 / 3),
+        ("2026-11-24", "a\x1b@b.c", 1, 1, 1e-9, 1.0),
+    )
+
+    def test_json_has_every_column_as_it_is(self) -> None:
+        first, second = orjson.loads(report_json(self.COLUMNS, self.ROWS))
+        assert first == dict(zip(self.COLUMNS, self.ROWS[0], strict=True))
+        assert second["cost_nanousd"] == 1
+
+    def test_table_says_money_once(self) -> None:
+        assert shown(report_table(self.COLUMNS, self.ROWS), 80) == [
+            "day        user   requests       cost  share",
+            "2026-11-23 -         1,234  $0.123456 0.3333",
+            "2026-11-24 a\ufffd@b.c        1 <$0.000001      1",
+        ]
+
+    def test_a_budgets_figures_are_in_its_unit(self) -> None:
+        rows = [("nanousd", 5 * 10**9, 2.5e9, "2026-11-23T00:00:00Z"), ("tokens", 200_000, None, None)]
+        assert shown(report_table(("unit", "limit_amount", "speed_per_hour", "resets_at"), rows), 80) == [
+            "unit    limit_amount speed_per_hour resets_at           ",
+            "nanousd    $5.000000      $2.500000 2026-11-23T00:00:00Z",
+            "tokens       200,000              - -                   ",
+        ]
+
+    def test_views_are_listed_by_name(self) -> None:
+        listed = views_table([View("b", "-- What b says. More.\nSELECT 1"), View("a", "-- What a says.\nSELECT 1")])
+        assert [line.rstrip() for line in shown(listed, 80)] == [
+            "report what it says",
+            "a      What a says",
+            "b      What b says",
+        ]

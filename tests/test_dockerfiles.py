@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 from dockerfile_parse import DockerfileParser  # type: ignore[import-untyped]
 
-from extproc.local.container import CHECKOUT
+from extproc.local.container import CHECKOUT, MANIFEST
 from extproc.local.dockerfile import Image, read
 
 FILES = {name: CHECKOUT / f"Dockerfile.{name}" for name in ("envoy", "extproc")}
@@ -157,3 +158,12 @@ def test_a_command_in_the_shell_form_is_refused(tmp_path: Path) -> None:
     path.write_text(SHELL_FORM)
     with pytest.raises(ValueError, match="Expecting value"):
         read(path)
+
+
+def test_cloud_build_makes_the_images_that_the_manifest_names() -> None:
+    build = yaml.safe_load((CHECKOUT / "cloudbuild.yaml").read_text())
+    made = {step["args"][4]: step["args"][2] for step in build["steps"]}
+    assert list(made) == build["images"]
+    named = {one["image"] for one in yaml.safe_load(MANIFEST.read_text())["spec"]["template"]["spec"]["containers"]}
+    assert named == {image.replace("${_", "${") for image in made}
+    assert {CHECKOUT / file for file in made.values()} == set(FILES.values())

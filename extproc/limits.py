@@ -139,10 +139,3 @@ MAX_CALLER_SERIES = 2_000  # of the cost, by who calls
 MAX_BUDGET_SERIES = 1_000  # budgets on /metrics: those that are used most
 MAX_OPEN_SPANS = 20_000  # requests under way whose spans are remembered
 OTLP_FLUSH_S = 1  # of a shutdown, after the drain: a collector that does not answer gets no more
-
-# Telemetry ------------------------------------------------------------------------------------------------------------
-MAX_MODEL_SERIES = 500  # label sets of one metric by model, a histogram's with 16 lines each; models come from callers
-MAX_CALLER_SERIES = 2_000  # of the cost, by who calls
-MAX_BUDGET_SERIES = 1_000  # budgets on /metrics: those that are used most
-MAX_OPEN_SPANS = 20_000  # requests under way whose spans are remembered
-OTLP_FLUSH_S = 1  # of a shutdown, after the drain: a collector that does not answer gets no more

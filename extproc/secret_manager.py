@@ -81,13 +81,18 @@ class SecretManager:
         refresh_s: float,
         endpoint: str | None = None,
         clock_s: Callable[[], float] = time.monotonic,
+        refreshed: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """`versions` are the names by provider. `endpoint`, for tests, is spoken to in plain text."""
+        """`versions` are the names by provider. `endpoint`, for tests, is spoken to in plain text.
+
+        `refreshed` is told of each fetch, from a thread: `ok` or `failed`.
+        """
         self._secrets = {provider: _Secret(provider, name) for provider, name in versions.items()}
         self._refresh_s = refresh_s
         self._endpoint = endpoint
         self._changed: Callable[[], object]
         self._clock_s = clock_s
+        self._refreshed = refreshed
         self._keys: dict[str, str] = {}
         self._client: SecretManagerServiceClient | None = None
         self._connecting = threading.Lock()
@@ -146,10 +151,12 @@ class SecretManager:
             if self._closed:
                 return 0
             secret.failures += 1
+            self._refreshed("failed")
             kept = "the old key stays in use" if secret.version else "there is no key yet"
             log.warning("secrets: %s: attempt %d failed, %s: %s", secret, secret.failures, kept, _why(error))
             return min(MIN_SECRET_BACKOFF_S * 2.0 ** min(secret.failures - 1, 16), MAX_SECRET_BACKOFF_S)
         secret.failures = 0
+        self._refreshed("ok")
         if version != secret.version:
             secret.version = version
             log.info("secrets: %s: %s is in use", secret, version)

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
 
 _TURN_TIMEOUT_S = 2.0  # longer than anything that the event loop does at once
 _KEYS_POLLS = 50  # of what else a start waits for: a second in all
+_REACHABLE_S = 0.05  # for which it is known which providers have a key
 _WATCH_S = 1.0  # how often Redis and the learned factors are looked at
 
 _TRANSPORTS: dict[str, type[GrpcServer] | type[WireServer]] = {"grpc": GrpcServer, "wire": WireServer}
@@ -82,9 +82,14 @@ class Processor:
         self._factors: dict[str, float] = {}
         self._ledger_lacks: str | None = "Redis was not reached yet"
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reachable: frozenset[str] = frozenset()
+        self._reachable_until_s = 0.0
 
         self._secret_manager = SecretManager(
-            settings.secret_versions, refresh_s=settings.secrets_refresh_s, endpoint=settings.secret_manager_endpoint
+            settings.secret_versions,
+            refresh_s=settings.secrets_refresh_s,
+            endpoint=settings.secret_manager_endpoint,
+            refreshed=self._count_refresh,
         )
         elsewhere = PROVIDERS.keys() - settings.secret_versions.keys()
         self._secrets = SecretStore.of(settings.secrets_dir, os.environ, elsewhere, self._secret_manager)
@@ -219,8 +224,13 @@ class Processor:
         return dataclasses.replace(rules, issuers=rules.issuers + own)
 
     def _providers(self) -> frozenset[str]:
-        """Those that have a place and a key."""
-        return frozenset(name for name in self._settings.base_urls if self._all_secrets.key(name) is not None)
+        """Those that have a place and a key, as of a moment ago: every request asks, and keys hardly ever change."""
+        now_s = time.monotonic()
+        if now_s >= self._reachable_until_s:
+            self._reachable_until_s = now_s + _REACHABLE_S
+            names = self._settings.base_urls
+            self._reachable = frozenset(name for name in names if self._all_secrets.key(name) is not None)
+        return self._reachable
 
     def _open(self, role: str, send: Send, end: End) -> Session | None:
         if role == "gate":
@@ -230,11 +240,18 @@ class Processor:
             return Session(attempt, self._services, send, end)
         return None
 
-    def _refresh_secret(self, provider: str) -> None:
-        if provider in self._settings.secret_versions:
-            self._secret_manager.refused(provider)
-        else:
-            self._secrets.refused()
+    def _settle(self, settlement: Settlement, record: UsageRecord | None) -> None:
+        """Post the settlement whatever becomes of its row, which is encoded once for the journal and the ledger."""
+        row = b""
+        try:
+            if record is not None:
+                row = self._append(record)
+        finally:
+            self._settler.settle(Settlement(settlement.request_id, settlement.windows, settlement.actual, row.decode()))
+
+    def _count_refresh(self, result: str) -> None:
+        if self._metrics is not None:
+            self._metrics.secrets_refreshed(result)
 
     def _append(self, record: UsageRecord) -> bytes:
         """A request's row, for the journal, and for whoever only counts."""
@@ -244,6 +261,12 @@ class Processor:
         if self._otlp is not None:
             self._otlp.record(record)
         return row
+
+    def _refresh_secret(self, provider: str) -> None:
+        if provider in self._settings.secret_versions:
+            self._secret_manager.refused(provider)
+        else:
+            self._secrets.refused()
 
     def _factor(self, target: Target) -> float:
         return self._factors.get(f"{target.provider}/{target.model}") or starting_factor(target)
@@ -258,15 +281,6 @@ class Processor:
 
         task = asyncio.create_task(learn())
         self._tasks.add(task)
-    def _settle(self, settlement: Settlement, record: UsageRecord | None) -> None:
-        """Post the settlement whatever becomes of its row, which is encoded once for the journal and the ledger."""
-        row = b""
-        try:
-            if record is not None:
-                row = self._append(record)
-        finally:
-            self._settler.settle(Settlement(settlement.request_id, settlement.windows, settlement.actual, row.decode()))
-
         task.add_done_callback(self._tasks.discard)
 
     async def _has_started(self) -> None:

@@ -54,6 +54,7 @@ class FakeBigQuery:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     inserts: list[list[dict[str, Any]]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    largest_bytes: int = 0  # of an insertAll, refused or not
     port: int = 0
     _ids: set[tuple[str, str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -166,6 +167,7 @@ class FakeBigQuery:
         time.sleep(fault.delay_s)
         if fault.status:
             return _error(fault.status, "backendError", "it is out of order")
+        self.largest_bytes = max(self.largest_bytes, len(body))
         if len(body) > self.max_bytes:
             return _error(413, "uploadTooLarge", "Request payload size exceeds the limit")
         if table not in self.tables:
@@ -180,7 +182,7 @@ class FakeBigQuery:
         self.inserts.append(request["rows"])
         problems = {index: _problem(fields, row["json"]) for index, row in enumerate(request["rows"])}
         errors = {index: problem for index, problem in problems.items() if problem is not None}
-        if errors and self.stops:
+        if errors and (self.stops or not request.get("skipInvalidRows")):
             self.stops -= 1
             errors = {index: problem or {"reason": "stopped"} for index, problem in problems.items()}
         for index, row in enumerate(request["rows"]):

@@ -17,11 +17,12 @@ import pytest_asyncio
 
 from extproc.instance import instance_of
 from extproc.ledger import Ledger
+from extproc.local.provider import Script
 from extproc.local.valkey import LocalValkey
 from extproc.records import UsageRecord
 from extproc.sinks.duckdb import read_usage
 from tests.clusters import start_cluster
-from tests.rig import POLICY, Rig, eventually, running, streamed, whole
+from tests.rig import DONE, POLICY, Rig, delta, eventually, running, streamed, usage, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,21 +118,23 @@ async def test_a_budget_that_both_draw_on_holds(instances: tuple[Instance, Insta
 
 
 async def test_what_one_learns_the_other_counts_with(instances: tuple[Instance, Instance]) -> None:
-    learned = []
-    for rig in everybody(instances):
-        rig.answer(streamed(60, prompt=PROMPT))
-        before = learned[-1] if learned else {}
-        assert (await rig.ask(f"teacher@{DOMAIN}", stream=True)).status == 200
+    a, b = everybody(instances)
+    words = streamed(60, end=False).chunks
+    a.answer(Script(chunks=[*words, delta("", finish="stop"), usage(PROMPT, 120), DONE]))  # twice what is counted
+    for number in range(3):
+        assert (await a.ask(f"teacher-{number}@{DOMAIN}", stream=True)).status == 200
+    a.answer(Script(chunks=[*words, delta("", finish="stop"), DONE]))  # nothing is reported
 
-        async def moved(rig: Rig = rig, before: dict[str, float] = before) -> bool:
-            async with rig.ledger() as ledger:
-                factors = await ledger.factors()
-            learned.append(factors)
-            return factors.keys() == {"openai/gpt-4o"} and (not before or factors == before)
+    async def counts_with_it() -> bool:
+        told = await b.ask(f"pupil@{DOMAIN}", stream=True)
+        return (await b.record(told.request_id)).completion_tokens > 60
 
-        await eventually(moved, "the lesson")
-    versions = {rig.processors[0].log.partition(" is in use")[0].rpartition(" ")[2] for rig in everybody(instances)}
-    assert len(versions) == 1
+    await eventually(counts_with_it, "the other one to count with what was learned")
+
+
+async def test_a_policy_is_the_same_version_for_both(instances: tuple[Instance, Instance]) -> None:
+    used = {rig.processors[0].log.partition(" is in use")[0].rpartition(" ")[2] for rig in everybody(instances)}
+    assert len(used) == 1
 
 
 async def test_an_instance_that_dies_with_its_disk_loses_no_money_and_no_row(

@@ -472,7 +472,7 @@ def test_a_taken_health_port_ends_the_processor(workers: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [*COMMAND, "serve", "--workers", workers]
-        env = os.environ | {"TOLLGATE_HEALTH_PORT": port}
+        env = os.environ | {"TOLLGATE_HEALTH_PORT": port, "TOLLGATE_METRICS_PORT": "0"}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr

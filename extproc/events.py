@@ -252,7 +252,7 @@ class Learn:
 
 @dataclass(frozen=True, slots=True)
 class WriteRecord:
-    """Append the request's row to the usage journal."""
+    """Append the row of a request that was never admitted to the usage journal."""
 
     record: UsageRecord
 

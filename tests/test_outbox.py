@@ -1,4 +1,4 @@
-"""Rows of settled requests stay in Redis until a usage store has them: on one real Valkey, and on three in a cluster."""
+"""Rows of settled requests stay in Redis until a usage store has them: on one Valkey, and on three in a cluster."""
 
 from __future__ import annotations
 

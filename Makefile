@@ -6,7 +6,7 @@ VENV := .venv
 UV_VERSION := 0.13.9
 READY := $(VENV)/.ready
 
-.PHONY: up up-manifest test check lint types imports protos-drift protos lock bench bench-rivals clean
+.PHONY: up up-manifest test check lint types imports protos-drift protos dashboards-drift dashboards lock bench bench-rivals clean
 
 up: $(READY)
 	@exec $(VENV)/bin/tollgate up
@@ -21,7 +21,7 @@ test: $(READY)
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 	TOLLGATE_RIG=manifest TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
 
-check: lint types imports protos-drift
+check: lint types imports protos-drift dashboards-drift
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -41,6 +41,15 @@ protos-drift: $(READY)
 
 protos: $(READY)
 	$(VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=extproc/pb --pyi_out=extproc/pb protos/ext_proc.proto
+
+# The committed dashboards must be what their code generates.
+dashboards-drift: $(READY)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(VENV)/bin/python -m dashboards $$out && \
+	diff -r $$out/bigquery dashboards/bigquery && diff -r $$out/prometheus dashboards/prometheus && \
+	echo "dashboards: no drift"
+
+dashboards: $(READY)
+	$(VENV)/bin/python -m dashboards
 
 # After a change of pyproject.toml: pins every package, with hashes; then those alone that the processor's image holds.
 LOCK = $(VENV)/bin/uv pip compile --quiet --no-header --universal --generate-hashes pyproject.toml

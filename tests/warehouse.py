@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import duckdb
@@ -87,8 +87,3 @@ def _request(chance: random.Random, request_id: str, newest: datetime) -> UsageR
         cache_savings_nanousd=0 if refused else chance.choice([0, 333, -7]),
     )
     return UsageRow(record)
-
-
-def today_noon() -> datetime:
-    """A time of today (UTC) that is neither at its beginning nor at its end."""
-    return datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0)

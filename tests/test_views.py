@@ -229,6 +229,11 @@ def test_cache_savings(db: duckdb.DuckDBPyConnection) -> None:
     }
 
 
+def test_a_model_that_cached_nothing_saved_nothing() -> None:
+    with warehouse([UsageRow(usage_record(cached_prompt_tokens=0))]) as db:
+        assert found(db, "cache_savings", 3) == {}
+
+
 def test_aborted_streams(db: duckdb.DuckDBPyConnection) -> None:
     ends = (Outcome.CUT, Outcome.CLIENT_GONE, Outcome.UPSTREAM_ERROR)
     aborted = [record for record in REQUESTS if record.stream and record.outcome in ends]

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVE = "live"  # the service name of a liveness check
-_PATIENCE_S, _POLL_S = 0.8, 0.02  # less than a probe's shortest timeout, which is a second
+_PATIENCE_S, _POLL_S = 0.9, 0.02  # less than a probe's shortest timeout, which is a second
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]

@@ -141,8 +141,7 @@ class Processor:
         """Serve until `stop`, then drain."""
         loop = asyncio.get_running_loop()
         self._secret_manager.start(lambda: loop.call_soon_threadsafe(self._secrets.reread))
-        for encoding in ("o200k_base", "cl100k_base"):
-            tokens.counter(encoding)  # a quarter of a second each: before the first request, not in it
+        tokens.counter("o200k_base")  # a third of a second: before the first request, not in it
         self._startup.done("tokenizers")
         self._gate.prices.price(Target("openai", "gpt-4o"), None)  # the catalogue: a tenth of a second, likewise
         self._startup.done("prices")
@@ -160,8 +159,10 @@ class Processor:
         self._health.start()
         self._settings.socket_path.parent.mkdir(parents=True, exist_ok=True)
         await self._server.start()
+        rest = asyncio.create_task(asyncio.to_thread(tokens.counter, "cl100k_base"))  # of models before gpt-4o
         _log.info("serving on %s, health on port %d", self._settings.socket_path, self._health.port)
         await stop.wait()
+        await rest
         await self._drain()
         for task in watching:
             task.cancel()

@@ -20,7 +20,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from extproc.health import LIVE, HealthServer
-from extproc.ledger import Ledger
 from extproc.limits import MAX_WORKERS
 from extproc.process import Child
 from extproc.providers import PROVIDERS
@@ -30,6 +29,8 @@ from extproc.telemetry.page import MetricsPage, shared
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "<quota> <period>", or "max <period>"
 _CHECK_TIMEOUT_S = 1.0
+_READY_POLL_S, _SHIP_AT_LAST_S = 0.2, 10.0  # rows of an earlier run are shipped even if no worker becomes ready
+_BUDGETS_AFTER_S = 1.0  # what reads them is loaded while workers start, and not before they do
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
 _STABLE_S = 10.0  # a child that has run so long starts again at once
 _KILL_AFTER_S = 2.0  # beyond the drain
@@ -82,13 +83,23 @@ async def _page(settings: Settings, port: int, directory: Path, count: int) -> A
     lacking = _lacking([worker_socket(settings.socket_path, number) for number in range(count)])
     page = MetricsPage(shared(directory), port, lacking, settings.state_dir / "journal")
     _log.info("metrics on port %d", page.port)
-    ledger = Ledger(settings.redis_url, namespace=settings.namespace, timeout_ms=settings.ledger_timeout_ms)
-    watching = asyncio.create_task(page.watch(ledger.balances))
+    watching = asyncio.create_task(_watch_budgets(page, settings))
     try:
         yield
     finally:
         watching.cancel()
         page.close()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _watch_budgets(page: MetricsPage, settings: Settings) -> None:
+    await asyncio.sleep(_BUDGETS_AFTER_S)
+    from extproc.ledger import Ledger  # noqa: PLC0415
+
+    ledger = Ledger(settings.redis_url, namespace=settings.namespace, timeout_ms=settings.ledger_timeout_ms)
+    try:
+        await page.watch(ledger.balances)
+    finally:
         await ledger.close()
 
 
@@ -103,7 +114,7 @@ async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:
     workers = [asyncio.create_task(_worker(settings, env, path).keep(stop)) for path in sockets]
     others = [asyncio.create_task(_when_ended(workers, drained))]
     if settings.ship:
-        others.append(asyncio.create_task(_shipper(settings, env).keep(drained)))
+        others.append(asyncio.create_task(_ship(settings, env, sockets, drained)))
     _log.info("%d workers, health on port %d", count, health.port)
     await asyncio.wait([*workers, *others], return_when=asyncio.FIRST_EXCEPTION)
     stop.set()
@@ -159,6 +170,16 @@ class _Kept:
             _log.error("the %s ended with code %d; the next one starts in %.1f s", self._name, code, backoff_s)
             await asyncio.wait((stopping,), timeout=backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+
+async def _ship(settings: Settings, env: Mapping[str, str], sockets: list[Path], drained: asyncio.Event) -> None:
+    """Keep a shipper, once a worker is ready: a start is nothing but CPU, and before there is no new row to ship."""
+    lacking, deadline_s = _lacking(sockets), time.monotonic() + _SHIP_AT_LAST_S
+    while not drained.is_set() and time.monotonic() < deadline_s:
+        if await asyncio.to_thread(lacking) is None:
+            break
+        await asyncio.sleep(_READY_POLL_S)
+    await _shipper(settings, env).keep(drained)
 
 
 def _lacking(sockets: list[Path]) -> Callable[[], str | None]:

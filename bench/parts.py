@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from bench import load, processes
+from bench import load, processes, startup
 from bench.figures import Figures, quantile
-from bench.gateways import LONG_MODEL, STORE, BareEnvoy, Direct, Gateway, Tollgate
+from bench.gateways import LONG_MODEL, STORE, BareEnvoy, Direct, Gateway, Tollgate, TollgateWire
 from bench.load import Answer, Client
 
 GAP_US = 20_000  # 50 events a second, about what models write
@@ -192,6 +192,12 @@ async def idle(bench: Bench, gateway: Gateway) -> None:
     await asyncio.sleep(0.5)
 
 
+async def start_up(bench: Bench, gateway: Gateway) -> None:
+    """From the start of an instance, as the manifest has it, to ready."""
+    for name, seconds in (await startup.measure()).items():
+        bench.note(f"start_up/{name}", gateway, seconds)
+
+
 def _resident(gateway: Gateway) -> dict[str, int]:
     used = {name: processes.resident_bytes(pids) for name, pids in gateway.roots().items() if name != STORE}
     return {**used, WHOLE: sum(used.values())}
@@ -277,6 +283,7 @@ class Part:
 # Idle streams first: their memory is that of processes which have just started.
 PARTS: dict[str, Part] = {
     "idle": Part(idle, True),
+    "start_up": Part(start_up, True, (TollgateWire,)),
     "requests": Part(requests, False),
     "streams": Part(streams, False),
     "crowd": Part(crowd, True, (Tollgate,)),

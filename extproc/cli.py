@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -245,6 +246,8 @@ def budgets(as_json: bool) -> None:
     settings = _stack_settings()
     now_ms = time.time_ns() // 1_000_000
     balances = with_untouched(_balances(settings, now_ms), _policy(settings.policy_path), now_ms)
+    if not as_json and find_spec("rich") is None:
+        raise click.ClickException("tables need the package rich, which is not installed here: --json")
     if as_json:
         click.echo(reports.budgets_json(balances))
     elif not balances:

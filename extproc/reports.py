@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
 import orjson
+
 with suppress(ModuleNotFoundError):  # in the processor's image: what is printed there is JSON
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.measure import Measurement

@@ -40,10 +40,10 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "TOLLGATE_STATE_DIR": ("/var/t", "state_dir", Path("/var/t")),
     "TOLLGATE_USAGE_DB": ("/var/u.db", "usage_db_path", Path("/var/u.db")),
     "TOLLGATE_HEALTH_PORT": ("0", "health_port", 0),
-    "TOLLGATE_METRICS_PORT": ("off", "metrics_port", None),
-    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://c:4318/", "otlp_endpoint", "http://c:4318"),
     "TOLLGATE_HEALTH_HOST": ("0.0.0.0", "health_host", "0.0.0.0"),
     "TOLLGATE_ENVOY_CONFIG": ("/run/envoy.yaml", "envoy_config_path", Path("/run/envoy.yaml")),
+    "TOLLGATE_METRICS_PORT": ("off", "metrics_port", None),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://c:4318/", "otlp_endpoint", "http://c:4318"),
     "TOLLGATE_TRANSPORT": ("grpc", "transport", "grpc"),
     "TOLLGATE_SECRETS_DIR": ("/secrets", "secrets_dir", Path("/secrets")),
     **{
@@ -85,6 +85,8 @@ DEFAULTS = {
     "state_dir": Path(".tollgate"),
     "usage_db_path": Path(".tollgate/usage.duckdb"),
     "health_port": 9091,
+    "health_host": "127.0.0.1",
+    "envoy_config_path": None,
     "metrics_port": 9464,
     "otlp_endpoint": None,
     "transport": TRANSPORTS[0],
@@ -222,6 +224,7 @@ UNUSABLE = {
     "OTEL_EXPORTER_OTLP_ENDPOINT": ["collector:4318", "grpc://c", "http://c:0"],
     "TOLLGATE_NAMESPACE": ["{", "a}b", "{}", "a b", " "],
     "TOLLGATE_TRANSPORT": ["GRPC", "http"],
+    "TOLLGATE_HEALTH_HOST": ["localhost", "999.0.0.1", "127.0.0.1:9091"],
     "OPENAI_API_KEY_SECRET": [
         "sk-canary-0123456789",
         "openai-key",
@@ -238,7 +241,6 @@ UNUSABLE = {
         "//secretmanager.googleapis.com/projects/p/secrets/s",
     ],
     "TOLLGATE_SECRET_MANAGER_ENDPOINT": ["localhost", "http://localhost:1", "localhost:0", "localhost:", ":1"],
-    "TOLLGATE_HEALTH_HOST": ["localhost", "0", "127.0.0.1:9091"],
     "TOLLGATE_USAGE_STORE": [
         "bigquery:/p/d",
         "bigquery://p",

@@ -18,6 +18,7 @@ from tests.rig import Rig
 AT_ONCE = 8
 PAUSE_S = 0.0005  # so that Envoy reads a chunk before the next one comes, and does not join them
 PIECES = 40
+_TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # its state goes on with it alone
 
 # All that may reach a caller besides what Envoy itself says of the message.
 PASSED_HEADERS = {
@@ -140,7 +141,7 @@ class Replays:
         async with self._slots:
             self._scripts[name] = run.script
             # One of the few headers that a provider gets says which run it is.
-            headers = {"tracestate": f"replay={name}", "x-llm-provider": run.provider}
+            headers = {"traceparent": _TRACE, "tracestate": f"replay={name}", "x-llm-provider": run.provider}
             request = self._client.build_request("POST", run.path, json=run.request, headers=headers)
             response = await self._client.send(request, stream=True)
             self.request_ids.append(response.headers["x-request-id"])

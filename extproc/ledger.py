@@ -14,6 +14,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -111,7 +112,7 @@ class Ledger:
         self._hold_ttl_ms = hold_ttl_ms
         self._wall_ms = wall_ms
         self._offset_ms = 0
-        self._backend: _Backend = _Cluster(url, self._due) if "+cluster:" in url else _Node(url)
+        self._backend: _Backend = _Cluster(url, self._due, self._attempt_s) if "+cluster:" in url else _Node(url)
         self._scripts = load_scripts()
         self._scripts_known = False
         self._queue: deque[_Command] = deque()
@@ -487,7 +488,7 @@ class _Node:
 
     async def _disconnect(self) -> None:
         while self._free:
-            await self._free.pop().disconnect()
+            await self._free.pop().disconnect(nowait=True)  # over TLS, one that hangs is waited for for half a minute
 
 
 class _Cluster:
@@ -497,10 +498,12 @@ class _Cluster:
     After a failure the topology is read again, from whichever node answers.
     """
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, disconnect_s: float) -> None:
         self.generation = 0
         self._key = key
-        self._cluster = RedisCluster.from_url(url.replace("+cluster:", ":", 1), **_CLIENT)
+        # This timeout is for the end of a connection too, and for nothing that happens often.
+        options = {**_CLIENT, "socket_connect_timeout": disconnect_s}
+        self._cluster = RedisCluster.from_url(url.replace("+cluster:", ":", 1), **options)
 
     async def execute(self, commands: Sequence[_Args]) -> list[Any]:
         await self._cluster.initialize()
@@ -516,10 +519,11 @@ class _Cluster:
     async def renew(self, generation: int) -> None:
         if generation == self.generation:
             self.generation += 1
-            await self._cluster.aclose()
+            await self.close()
 
     async def close(self) -> None:
-        await self._cluster.aclose()
+        with suppress(*_FAILURES):  # of nodes that hang: the connections are gone all the same
+            await self._cluster.aclose()
 
 
 def _fail(future: asyncio.Future[Any], why: str, kind: type[LedgerUnavailable] = LedgerUnavailable) -> None:

@@ -828,6 +828,24 @@ async def test_a_redis_that_hangs_fails_every_command_by_its_deadline(server: Lo
         assert (await bench.ledger.extend("open", hold.windows, tokens(1), tokens(2))).held == tokens(100)
 
 
+async def test_a_connection_whose_end_is_not_confirmed_holds_up_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over TLS, when the other end hangs: asyncio waits half a minute for it, connection after connection."""
+
+    async def hang(writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async with opened(url, timeout_ms=400) as bench:
+        await held(bench, "r", budget())
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.StreamWriter, "wait_closed", hang)
+            async with asyncio.timeout(5):
+                await bench.ledger._backend.renew(bench.ledger._backend.generation)
+                await bench.ledger.check()
+                await bench.ledger.close()
+
+
 async def test_a_replica_is_no_place_to_hold_until_it_is_promoted(server: LocalValkey) -> None:
     async with opened(server.url, timeout_ms=5_000) as bench:
         await held(bench, "r", budget())

@@ -128,7 +128,12 @@ async def _when_ended(tasks: list[asyncio.Task[None]], event: asyncio.Event) -> 
 
 
 def _worker(settings: Settings, env: Mapping[str, str], path: Path) -> _Kept:
-    own = {"TOLLGATE_SOCKET": str(path), "TOLLGATE_HEALTH_PORT": "0", "TOLLGATE_SHIP": "0"}
+    own = {
+        "TOLLGATE_SOCKET": str(path),
+        "TOLLGATE_HEALTH_PORT": "0",
+        "TOLLGATE_SHIP": "0",
+        "TOLLGATE_ENVOY_CONFIG": "",  # has been written, with every worker's socket; a worker knows its own only
+    }
     grace_s = settings.drain_timeout_s + _KILL_AFTER_S
     return _Kept(f"worker {path.stem}", ("serve", "--workers", "1"), {**env, **own}, grace_s, path)
 

@@ -17,6 +17,7 @@ from extproc import workers
 from extproc.limits import MAX_WORKERS
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.valkey import LocalValkey, free_port
+from extproc.settings import Settings
 from extproc.transports.probe import LIVE
 from extproc.workers import cpus, default_workers, worker_socket
 from tests.rig import POLICY, eventually
@@ -56,6 +57,12 @@ def test_sockets_are_the_ones_that_envoy_lists() -> None:
     for number in range(MAX_WORKERS):
         assert f"{{path: {worker_socket(path, number)}}}" in listed
     assert str(worker_socket(path, MAX_WORKERS)) not in listed
+
+
+def test_a_worker_does_not_write_envoys_configuration_with_its_own_socket_alone() -> None:
+    env = {"TOLLGATE_ENVOY_CONFIG": "/run/tollgate/envoy.yaml"}
+    worker = workers._worker(Settings.from_environment(env), env, Path("extproc-1.sock"))
+    assert Settings.from_environment(worker._env).envoy_config_path is None
 
 
 async def test_a_worker_that_dies_is_followed_by_another(short_directory: Path) -> None:

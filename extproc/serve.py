@@ -304,6 +304,7 @@ class Processor:
                     await self._has_started()
             except LedgerUnavailable as error:
                 self._ledger_lacks = "Redis cannot be used"
+                self._startup.wait()
                 _log.warning("redis: %s", error)
             if self._metrics is not None:
                 self._metrics.watch(self._server.open_streams, ledger=self._ledger_lacks is None)

@@ -15,6 +15,12 @@ def fast() -> None:
     gc.disable()
 
 
+def over() -> None:
+    """From here on garbage is looked for, in what is made from here on."""
+    gc.freeze()
+    gc.enable()
+
+
 class Startup:
     """Steps, each as long as it took. The first began with the process."""
 
@@ -28,10 +34,13 @@ class Startup:
         self._steps.append(f"{step} {now_s - self._last_s:.2f}")
         self._last_s = now_s
 
-    def finish(self) -> str:
-        """All of it in one line. From here on garbage is looked for, in what is made from here on."""
-        gc.freeze()
+    def wait(self) -> None:
+        """Something is not there yet, for who knows how long: garbage is looked for again."""
         gc.enable()
+
+    def finish(self) -> str:
+        """All of it in one line. The start is `over`."""
+        over()
         return f"started in {time.monotonic() - self._begun_s:.2f} s: {', '.join(self._steps)}"
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from extproc import startup
 from extproc.health import LIVE, HealthServer
 from extproc.limits import MAX_WORKERS
 from extproc.process import Child
@@ -116,6 +117,7 @@ async def _run(settings: Settings, env: Mapping[str, str], count: int) -> None:
     if settings.ship:
         others.append(asyncio.create_task(_ship(settings, env, sockets, drained)))
     _log.info("%d workers, health on port %d", count, health.port)
+    startup.over()
     await asyncio.wait([*workers, *others], return_when=asyncio.FIRST_EXCEPTION)
     stop.set()
     health.close()

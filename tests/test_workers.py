@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc import workers
+from extproc import startup, workers
 from extproc.limits import MAX_WORKERS
 from extproc.local.issuer import CERTIFICATES_PATH, DevIssuer, serve_certificates
 from extproc.local.valkey import LocalValkey, free_port
@@ -63,6 +64,23 @@ def test_a_worker_does_not_write_envoys_configuration_with_its_own_socket_alone(
     env = {"TOLLGATE_ENVOY_CONFIG": "/run/tollgate/envoy.yaml"}
     worker = workers._worker(Settings.from_environment(env), env, Path("extproc-1.sock"))
     assert Settings.from_environment(worker._env).envoy_config_path is None
+
+
+async def test_the_parent_of_workers_looks_for_garbage_once_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for = []
+
+    class Worker:
+        async def keep(self, stop: asyncio.Event) -> None:
+            looked_for.append(gc.isenabled())
+
+    monkeypatch.setattr(workers, "_worker", lambda *_: Worker())
+    startup.fast()
+    try:
+        await workers._run(Settings.from_environment({"TOLLGATE_HEALTH_PORT": "0"}), {}, 1)
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert looked_for == [True]
 
 
 async def test_a_worker_that_dies_is_followed_by_another(short_directory: Path) -> None:

@@ -369,12 +369,13 @@ async def running(
     tune: Callable[[dict[str, Any]], None] | None = None,
     redis: tuple[LocalValkey, str] | None = None,
     beside: Rig | None = None,
+    contained: bool = False,
 ) -> AsyncIterator[Rig]:
     """A gateway of its own, in `directory`, taken down at the end. `tune` changes Envoy's configuration.
 
     `base_urls` are of providers that are somebody else than the rig's own. `redis` is a server that runs already, and
     what the processors are told of it. `beside`: another instance of that gateway, with the same providers, issuer,
-    policy and Redis.
+    policy and Redis. `contained`: always as the manifest defines it.
     """
     scripts: dict[str, Callable[[Received], Script]] = beside.scripts if beside else {}
     played: list[tuple[Received, Script]] = beside.played if beside else []
@@ -448,7 +449,7 @@ async def running(
     (directory / "envoy.yaml").write_text(envoys_config)
     container: Container | None = None
     tuned = tune or places or processors > 1 or workers[0].workers > 1
-    if manifest_rig.wanted() and not tuned:
+    if contained or (manifest_rig.wanted() and not tuned):
         container, workers = _contained(directory, port, admin_port, policy_path, workers[0])
     for worker in workers:
         await worker.start()
@@ -498,11 +499,12 @@ def _contained(
     directory: Path, port: int, admin_port: int, policy_path: Path, plain: Processor
 ) -> tuple[Container, list[Processor]]:
     """Envoy's container, and the processor as the manifest has it."""
-    envoy, container = manifest_rig.containers(directory, port, admin_port, policy_path, plain.environment)
+    environment = {**plain.environment, "TOLLGATE_WORKERS": str(plain.workers)}
+    envoy, container = manifest_rig.containers(directory, port, admin_port, policy_path, environment)
     state_dir = Path(container.env["TOLLGATE_STATE_DIR"])
     state_dir.mkdir()  # for the log
     socket = Path(container.env["TOLLGATE_SOCKET"])
-    return envoy, [Processor(socket, state_dir, container.env, container=container)]
+    return envoy, [Processor(socket, state_dir, container.env, plain.workers, container)]
 
 
 async def _start_envoy(directory: Path, container: Container | None) -> asyncio.subprocess.Process:

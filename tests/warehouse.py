@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -27,17 +28,19 @@ def warehouse(rows: Iterable[UsageRow] = (), snapshots: Iterable[BudgetSnapshot]
     for table in TABLES:
         columns = ", ".join(f'"{name}" {_TYPES[type_]}' for name, type_ in table.columns.items())
         db.execute(f"CREATE TABLE {table.name} ({columns})")
-    _insert(db, "usage_log", [dataclasses.asdict(row.record) | {"orphan": row.orphan} for row in rows])
-    _insert(db, "budget_snapshots", [dataclasses.asdict(snapshot) for snapshot in snapshots])
+    _fill(db, "usage_log", [dataclasses.asdict(row.record) | {"orphan": row.orphan} for row in rows])
+    _fill(db, "budget_snapshots", [dataclasses.asdict(snapshot) for snapshot in snapshots])
     for view in views.load():
         db.execute(f'CREATE VIEW "{view.name}" AS {views.for_duckdb(view)}')
     return db
 
 
-def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        columns, places = ", ".join(f'"{name}"' for name in rows[0]), ", ".join("?" * len(rows[0]))
-        db.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", [[*row.values()] for row in rows])
+def _fill(db: duckdb.DuckDBPyConnection, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """All at once, as JSON: DuckDB takes several milliseconds for a row by itself."""
+    (table,) = (one for one in TABLES if one.name == name)
+    shape = [{column: _TYPES[type_] for column, type_ in table.columns.items()}]
+    values = "SELECT UNNEST(from_json(?::JSON, ?), recursive := TRUE)"
+    db.execute(f'INSERT INTO "{name}" BY NAME {values}', [json.dumps(rows), json.dumps(shape)])
 
 
 def sample_log(newest: datetime, count: int = 300) -> list[UsageRow]:

@@ -147,7 +147,8 @@ class Shipper:
                 out.write(b"".join(map(log_line, rows)))
                 out.flush()
                 offset += len(data)
-                self._sink.write(path.name, offset, ())
+                with suppress(SinkUnavailable, OSError):  # of a full disk, too: what is said twice has the same ids
+                    self._sink.write(path.name, offset, ())
                 self._stored([row.record.request_id for row in rows])
                 written += len(rows)
         return written

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -314,6 +315,20 @@ def test_what_is_handed_over_is_what_was_not_stored_and_counts_as_stored(
     assert (directory / "rejected.jsonl").read_bytes() == b"unreadable\n"
     assert shipper.hand_over(io.BytesIO()) == 0
     assert sink.ids() == []
+
+
+def test_a_full_disk_does_not_keep_rows_from_being_handed_over(tmp_path: Path, directory: Path) -> None:
+    class Full(PlainSink):
+        def write(self, segment: str, offset_after: int, rows: Sequence[UsageRow]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    ids = [f"r{number}" for number in range(1500)]
+    write_segment(directory, "1-1-1", lines(*ids))
+    write_segment(directory, "2-1-1", lines("s"))
+    out = io.BytesIO()
+    with closing(Full(tmp_path / "full.sqlite")) as sink, closing(Shipper(directory, sink)) as shipper:
+        assert shipper.hand_over(out) == 1501
+    assert handed(out) == [*ids, "s"]
 
 
 def test_more_than_a_batch_is_handed_over(directory: Path, shipper: Shipper) -> None:

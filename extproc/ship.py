@@ -35,14 +35,15 @@ def main(settings: Settings, out: BinaryIO) -> None:
     """Ship until SIGTERM, then flush. Raises AlreadyShipping, SinkUnavailable or OSError where it cannot start.
 
     A store that is not on this machine has TOLLGATE_FLUSH_TIMEOUT_S: what it has not taken goes to `out` as log lines,
-    because the journal's disk may go with the machine.
+    and so does what it rejects at any time, because the journal's disk may go with the machine.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Blocked and asked for, rather than handled: before there are threads, which inherit it.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     directory = settings.state_dir / "journal"
     directory.mkdir(parents=True, exist_ok=True)
-    rejected = Rejected(directory)
+    remote = settings.dataset is not None
+    rejected = Rejected(directory, out if remote else None)
     sink = _store(settings, rejected)
     acknowledgements = Acknowledgements(lambda: _ledger(settings))
     shipper = Shipper(directory, sink, rejected=rejected, stored=acknowledgements.stored)
@@ -50,7 +51,6 @@ def main(settings: Settings, out: BinaryIO) -> None:
 
     _log.info("shipping %s to %s", directory, settings.usage_store)
     stop, abandoned = threading.Event(), threading.Event()
-    remote = settings.dataset is not None
     shipping = _start(lambda: shipper.run(stop.wait, abandoned.wait if remote else lambda _: True))
     _start(lambda: snapshots.run(stop.wait))
     acknowledging = _start(acknowledgements.run)

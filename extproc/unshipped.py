@@ -43,11 +43,13 @@ def rows_in(file: BinaryIO) -> Iterator[UsageRow | str | None]:
 class Rejected:
     """`rejected.jsonl` in the journal's directory: what no usage store takes, for people to look at. Bounded.
 
-    `count` is how many since the start. Raises OSError.
+    `count` is how many since the start. `out` is given the rows too, where the directory may go with the machine.
+    Raises OSError.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, out: BinaryIO | None = None) -> None:
         self._path = directory / "rejected.jsonl"
+        self._out = out
         self.count = 0
 
     def add_line(self, line: bytes) -> None:
@@ -58,7 +60,11 @@ class Rejected:
     def add(self, row: UsageRow, reason: str) -> None:
         """A row that the store rejected."""
         what = {"severity": "ERROR", "message": "usage row rejected by the usage store", "reason": reason}
-        self._add(_line(what, row))
+        line = _line(what, row)
+        self._add(line)
+        if self._out is not None:
+            self._out.write(line)
+            self._out.flush()
         request_id = row.record.request_id
         _log.error("usage row %s is rejected and kept in %s (%d): %s", request_id, self._path.name, self.count, reason)
 

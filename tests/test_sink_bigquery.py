@@ -397,6 +397,13 @@ def test_what_is_rejected_is_kept_with_its_reason_counted_and_can_be_loaded(benc
     assert fake.ids() == ["a", "b"]
 
 
+def test_what_is_rejected_outlives_a_disk_in_memory_as_a_log_line(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Rejected(tmp_path, out).add(UsageRow(usage_record("a")), "why")
+    assert out.getvalue() == (tmp_path / "rejected.jsonl").read_bytes()
+    assert [json.loads(out.getvalue())[name] for name in ("severity", "reason")] == ["ERROR", "why"]
+
+
 def test_what_is_rejected_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("extproc.unshipped.MAX_REJECTED_BYTES", 2_000)
     assert MAX_REJECTED_BYTES > 2_000

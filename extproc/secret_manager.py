@@ -133,9 +133,10 @@ class SecretManager:
             secret.wanted.set()
         if self._client is not None:
             self._client.transport.close()  # type: ignore[no-untyped-call]
+        deadline_s = time.monotonic() + SECRETS_CLOSE_TIMEOUT_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(SECRETS_CLOSE_TIMEOUT_S)
+                thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _keep(self, secret: _Secret) -> None:
         while not self._closed:

@@ -289,3 +289,17 @@ def test_refusals_that_follow_one_another_ask_once_in_an_interval() -> None:
         manager.refused("openai")
         assert not wanted.is_set()
         clock.now_s += SECRET_REFETCH_INTERVAL_S
+
+
+def test_all_secrets_that_hang_together_hold_up_the_end_no_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("extproc.secret_manager._connect", lambda _: never.wait())  # a metadata server that is silent
+    monkeypatch.setattr("extproc.secret_manager.SECRETS_CLOSE_TIMEOUT_S", 0.1)
+    waits: list[float] = []
+    monkeypatch.setattr(threading.Thread, "join", lambda _, timeout: (waits.append(timeout), never.wait(timeout)))
+    manager = SecretManager(dict.fromkeys(("openai", "anthropic", "gemini"), LATEST), refresh_s=SELDOM_S)
+    manager.start(lambda: None)
+    manager.close()
+    assert len(waits) == 3
+    assert sum(waits) <= 0.1
+    never.set()

@@ -296,7 +296,12 @@ def test_all_secrets_that_hang_together_hold_up_the_end_no_longer_than_one(monke
     monkeypatch.setattr("extproc.secret_manager._connect", lambda _: never.wait())  # a metadata server that is silent
     monkeypatch.setattr("extproc.secret_manager.SECRETS_CLOSE_TIMEOUT_S", 0.1)
     waits: list[float] = []
-    monkeypatch.setattr(threading.Thread, "join", lambda _, timeout: (waits.append(timeout), never.wait(timeout)))
+
+    def join(_: threading.Thread, timeout: float) -> None:
+        waits.append(timeout)
+        never.wait(timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
     manager = SecretManager(dict.fromkeys(("openai", "anthropic", "gemini"), LATEST), refresh_s=SELDOM_S)
     manager.start(lambda: None)
     manager.close()

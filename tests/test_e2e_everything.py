@@ -327,7 +327,9 @@ async def test_the_books_balance_after_everything(short_directory: Path) -> None
         balances = await run.rig.balances()
         assert sum(row.cost_nanousd for row in rows.values()) == balances["global/*/total/usd"].posted > 0
         assert all(balance.pending == 0 for balance in balances.values())
-        assert {attributes(span)["tollgate.request_id"] for span in run.collector.spans} <= rows.keys()
+        spans = [attributes(span)["tollgate.request_id"] for span in run.collector.spans]
+        assert len(spans) == len(set(spans))
+        assert set(spans) <= rows.keys()
         _assert_nothing_leaked(run, page)
 
 

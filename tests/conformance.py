@@ -1,13 +1,14 @@
 """The table of what conforms, by protocol, as a run of the tests has found it.
 
-A test says which recorded case it tries, and in which column of the table that counts. Whether it conforms is the
-test's own outcome. The table is at the end of the run's output; `--conformance PATH` also writes it to a file.
+A test says which recorded case it tries, and in which column of the table that counts; it conforms if what is asserted
+of it holds. The table is at the end of the run's output; `--conformance PATH` also writes it to a file.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from tests.recordings import COLLECTION, SUBSET, Case, cases
 
-Conforms = Callable[..., None]
+Conforms = Callable[..., AbstractContextManager[None]]
 
 _PROPERTY = "conformance"
 _NATIVE, _ERRORS, _THROUGH = "native", "error classes", "through the gateway"
@@ -104,10 +105,16 @@ def _counts() -> dict[str, int]:
 
 @pytest.fixture
 def conforms(record_property: Callable[[str, object], None]) -> Conforms:
-    """`conforms(case, column, why_not)`: what this test tries."""
+    """`with conforms(case, column, why_not)`: what is tried within."""
 
-    def note(case: Case, column: str, why_not: str | None = None) -> None:
-        record_property(_PROPERTY, [case.protocol, column, case.name, why_not or ""])
+    @contextmanager
+    def note(case: Case, column: str, why_not: str | None = None) -> Iterator[None]:
+        passed = False
+        try:
+            yield
+            passed = True
+        finally:
+            record_property(_PROPERTY, [case.protocol, column, case.name, why_not or "", passed])
 
     return note
 
@@ -122,8 +129,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, ()):
             for name, value in report.user_properties:
-                if name == _PROPERTY and (report.when == "call" or outcome == "failed"):
-                    table.add(*value, passed=outcome == "passed")
+                if name == _PROPERTY and report.when == "call":
+                    *noted, passed = value
+                    table.add(*noted, passed=passed)
     if not table.cells:
         return
     terminalreporter.section("what conforms")

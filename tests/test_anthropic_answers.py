@@ -22,6 +22,7 @@ from extproc.form import Answer, Choice, Citation, Finish, Part, Refusal, Text, 
 from extproc.metering import StreamMeter
 from extproc.records import Piece, Usage
 from extproc.sse import SseParser
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 CLAUDE = AnthropicMessages()
@@ -92,7 +93,7 @@ def last(events: Sequence[form.StreamEvent], kind: type[E]) -> E | None:
 STREAMS = protocol_cases("anthropic-messages", True)
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream(case: Case) -> None:
     events = events_of([case.body])
     for chunks in (case.recorded_chunks(), case.random_chunks(1), case.random_chunks(2, largest=3)):
@@ -144,7 +145,7 @@ def final_message(body: bytes) -> dict[str, Any]:
         return stream.get_final_message().model_dump(warnings=False)
 
 
-@pytest.mark.parametrize("case", [case for case in STREAMS if case.complete], ids=lambda case: case.name)
+@each_case([case for case in STREAMS if case.complete])
 def test_recorded_stream_written_again(case: Case) -> None:
     events = events_of([case.body])
     again = stream_of(events)
@@ -191,7 +192,7 @@ def _assert_same_message(again: dict[str, Any], first: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream_is_metered_alike_when_it_was_written_again(case: Case) -> None:
     first, again = StreamMeter(CLAUDE, len, 1.0), StreamMeter(CLAUDE, len, 1.0)
     events = events_of([case.body])
@@ -530,7 +531,7 @@ def test_a_refusal_is_told_at_the_end() -> None:
 WHOLE = [case for case in protocol_cases("anthropic-messages", False) if case.status == 200]
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+@each_case(WHOLE)
 def test_recorded_answer(case: Case) -> None:
     answer = CLAUDE.read_whole(case.body, SEED)
     assert figures(answer.usage) == billed(case)
@@ -553,7 +554,7 @@ def _created(body: bytes) -> dict[str, Any]:
     return message.model_dump(warnings=False)
 
 
-@pytest.mark.parametrize("case", [case for case in STREAMS if case.complete], ids=lambda case: case.name)
+@each_case([case for case in STREAMS if case.complete])
 def test_a_stream_says_what_the_whole_answer_says(case: Case) -> None:
     """The whole one as the official client puts it together, without what Anthropic's own tools brought."""
     events, whole = (

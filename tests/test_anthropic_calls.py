@@ -30,6 +30,7 @@ from extproc.errors import (
 from extproc.metering import count_texts
 from extproc.records import Usage
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 CLAUDE: ChatDialect = AnthropicMessages()
@@ -313,13 +314,13 @@ ASKED = [case for case in protocol_cases("anthropic-messages") if case.request a
 SHORTENED = {"anthropic/messages-stream-claude-sonnet-4-6-04"}
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_requests_are_read(case: Case) -> None:
     body = body_of(case)
     assert sent(body, body["max_tokens"], body["model"]) == body
 
 
-@pytest.mark.parametrize("case", [case for case in ASKED if case.name not in SHORTENED], ids=lambda case: case.name)
+@each_case([case for case in ASKED if case.name not in SHORTENED])
 def test_a_hold_for_a_recorded_prompt_covers_it(case: Case) -> None:
     call = CLAUDE.read_call(body_of(case))
     held = count_texts(call.prompt_texts, counter("o200k_base")) + call.prompt_extra
@@ -345,7 +346,7 @@ def test_a_count_is_checked_like_a_call() -> None:
         COUNTS.read_call({"model": "m", "messages": [{"content": "x"}]})
 
 
-@pytest.mark.parametrize("case", protocol_cases("anthropic-count-tokens"), ids=lambda case: case.name)
+@each_case(protocol_cases("anthropic-count-tokens"))
 def test_recorded_count(case: Case) -> None:
     assert case.request is not None
     COUNTS.read_call(case.request)
@@ -445,7 +446,7 @@ def test_read_error(status: int, body: bytes, expected: tuple[int, str, str]) ->
 FAILED = [case for case in protocol_cases("anthropic-messages", False) if case.status != 200]
 
 
-@pytest.mark.parametrize("case", FAILED, ids=lambda case: case.name)
+@each_case(FAILED)
 def test_recorded_error(case: Case) -> None:
     error = CLAUDE.read_error(case.status, case.body)
     assert (error.message, error.code) == (case.meta["error"]["message"], case.meta["error"]["type"])

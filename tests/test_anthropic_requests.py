@@ -34,6 +34,7 @@ from extproc.form import (
     ToolResult,
 )
 from extproc.models import traits
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 CLAUDE = AnthropicMessages()
@@ -550,7 +551,7 @@ def test_what_is_asked_for_can_be_said_or_is_named() -> None:
 ASKED = [case for case in protocol_cases("anthropic-messages") if case.request and case.status == 200]
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_requests_come_back_as_they_were(case: Case) -> None:
     asked = CLAUDE.read_request({"model": case.model, **(case.request or {})})
     again = CLAUDE.read_request(json.loads(CLAUDE.write_request(asked, asked.model, None)))

@@ -200,48 +200,48 @@ async def replays(rig: Rig, request: pytest.FixtureRequest) -> AsyncIterator[Rep
 
 @pytest.mark.parametrize("case", NATIVE, ids=lambda case: case.name)
 async def test_to_a_caller_of_the_same_api(replays: Replays, conforms: Conforms, case: Case) -> None:
-    conforms(case, "native")
-    name, _ = run_of(case)
-    run, seen = Native(case), await replays.of(name)
-    check_key(run, seen)
-    assert seen.status == REPLACED.get(case.status, case.status)
-    assert set(seen.headers) <= PASSED_HEADERS | ENVOYS_HEADERS
-    check_headers(case, seen)
-    if case.status in REPLACED:
-        assert b"did not accept" in seen.body
-    elif not case.stream or whole(case) or "error" in case.meta:
-        assert seen.body == case.body
-    else:
-        events = whole_events(case.body)
-        assert seen.body.startswith(events)
-        assert b"ended early" in seen.body.removeprefix(events)
-    check_record(run, seen)
+    with conforms(case, "native"):
+        name, _ = run_of(case)
+        run, seen = Native(case), await replays.of(name)
+        check_key(run, seen)
+        assert seen.status == REPLACED.get(case.status, case.status)
+        assert set(seen.headers) <= PASSED_HEADERS | ENVOYS_HEADERS
+        check_headers(case, seen)
+        if case.status in REPLACED:
+            assert b"did not accept" in seen.body
+        elif not case.stream or whole(case) or "error" in case.meta:
+            assert seen.body == case.body
+        else:
+            events = whole_events(case.body)
+            assert seen.body.startswith(events)
+            assert b"ended early" in seen.body.removeprefix(events)
+        check_record(run, seen)
 
 
 @pytest.mark.parametrize(("case", "into"), PAIRS, ids=[f"{case.name}-{into}" for case, into in PAIRS])
 async def test_to_a_caller_of_another_dialect(replays: Replays, conforms: Conforms, case: Case, into: str) -> None:
-    conforms(case, "through the gateway")
-    name, _ = run_of(case, into)
-    error_as_answer = case.status == 200 and not case.stream and "error" in case.meta
-    try:
-        run, seen = Translated(case, into), await replays.of(name)
-    except httpx.RemoteProtocolError:
-        assert error_as_answer  # whose headers may have gone on before it was read: then it breaks off
-        return
-    check_key(run, seen)
-    assert set(seen.headers) <= PASSED_HEADERS | ENVOYS_HEADERS
-    check_headers(case, seen)
-    if error_as_answer:
-        assert seen.status == UNREADABLE
-        with pytest.raises(raised_for(into, UNREADABLE)):
-            received(into, seen.body, stream=False, status=UNREADABLE)
-    elif case.status != 200:
-        assert seen.status == REPLACED.get(case.status, case.status)
-        check_raised(case, into, seen.status, seen.body, stream=case.stream)
-    else:
-        assert seen.status == 200
-        check_heard(as_events(case), into, seen.body)
-    check_record(run, seen)
+    with conforms(case, "through the gateway"):
+        name, _ = run_of(case, into)
+        error_as_answer = case.status == 200 and not case.stream and "error" in case.meta
+        try:
+            run, seen = Translated(case, into), await replays.of(name)
+        except httpx.RemoteProtocolError:
+            assert error_as_answer  # whose headers may have gone on before it was read: then it breaks off
+            return
+        check_key(run, seen)
+        assert set(seen.headers) <= PASSED_HEADERS | ENVOYS_HEADERS
+        check_headers(case, seen)
+        if error_as_answer:
+            assert seen.status == UNREADABLE
+            with pytest.raises(raised_for(into, UNREADABLE)):
+                received(into, seen.body, stream=False, status=UNREADABLE)
+        elif case.status != 200:
+            assert seen.status == REPLACED.get(case.status, case.status)
+            check_raised(case, into, seen.status, seen.body, stream=case.stream)
+        else:
+            assert seen.status == 200
+            check_heard(as_events(case), into, seen.body)
+        check_record(run, seen)
 
 
 def check_key(run: Run, seen: Seen) -> None:

@@ -148,12 +148,12 @@ def price_nanousd(case: Case, record: UsageRecord) -> int:
 
 @pytest.mark.parametrize("case", chat_cases(), ids=lambda case: case.name)
 async def test_a_recorded_answer(replays: Replays, conforms: Conforms, case: Case) -> None:
-    conforms(case, "native")
-    for name, run in named_runs(case).items():
-        seen = await replays.of(name)
-        check_request(run, seen)
-        check_answer(run, seen)
-        check_record(run, seen)
+    with conforms(case, "native"):
+        for name, run in named_runs(case).items():
+            seen = await replays.of(name)
+            check_request(run, seen)
+            check_answer(run, seen)
+            check_record(run, seen)
 
 
 def check_request(run: Replay, seen: Seen) -> None:

@@ -26,6 +26,7 @@ from extproc.form import Choice, Citation, Finish, Text, Thinking, TokenLogprob,
 from extproc.jsonarray import JsonArrayParser
 from extproc.records import Piece, Usage
 from extproc.sse import SseParser
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 GEMINI: ChatDialect = GeminiGenerate()
@@ -131,7 +132,7 @@ def check_usage(case: Case, found: Usage | None) -> None:
     assert (found.reasoning, found.cached_prompt) == (asked.get("reasoning", 0), asked.get("cached", 0))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+@each_case(WHOLE)
 def test_recorded_answer(case: Case) -> None:
     answer = GEMINI.read_whole(case.body, SEED)
     assert said_by(answer) == said_in(case)
@@ -147,7 +148,7 @@ def signatures(parts: Iterable[form.Part]) -> list[tuple[str | None, str | None]
     return [(part.signature, part.origin) for part in parts if isinstance(part, Thinking) and part.signature]
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream(case: Case) -> None:
     array = is_array(case.body)
     events = read_case(case)
@@ -159,7 +160,7 @@ def test_recorded_stream(case: Case) -> None:
 
 
 @pytest.mark.parametrize("array", [False, True], ids=["events", "array"])
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream_written_and_read_again(case: Case, array: bool) -> None:
     events = read_case(case)
     body = written(events, array=array)
@@ -180,7 +181,7 @@ def written(events: Iterable[form.StreamEvent], *, array: bool = False) -> bytes
     return b"".join(map(writer.write, events))
 
 
-@pytest.mark.parametrize("case", [*WHOLE, *STREAMS], ids=lambda case: case.name)
+@each_case([*WHOLE, *STREAMS])
 def test_the_meter_reads_the_same(case: Case) -> None:
     """All texts, each once, and usage; the stream is whole without a closing event."""
     text, thoughts, calls = said_in(case)
@@ -518,7 +519,7 @@ def test_usage_comes_back(usage: Usage, tier: str | None) -> None:
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
+@each_case(ERRORS)
 def test_recorded_error(case: Case) -> None:
     error = GEMINI.read_error(case.status, case.body)
     assert error.status == case.status
@@ -741,7 +742,7 @@ def test_the_clients_chat_sends_back_what_it_got() -> None:
     )
 
 
-@pytest.mark.parametrize("case", [c for c in STREAMS if "SAFETY" not in str(c.meta["finish"])], ids=lambda c: c.name)
+@each_case([c for c in STREAMS if "SAFETY" not in str(c.meta["finish"])])
 def test_the_client_reads_recorded_streams_as_written_again(case: Case) -> None:
     events = read_case(case)
     if form.Done() not in events:

@@ -15,6 +15,7 @@ from extproc.jsonarray import last_element
 from extproc.metering import count_texts
 from extproc.records import Answer, Piece, Usage
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 GEMINI: Dialect = GeminiGenerate()
@@ -329,7 +330,7 @@ STORED = {
 ASKED = [case for case in protocol_cases("gemini") if case.request]
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_requests_are_read(case: Case) -> None:
     """And held for."""
     assert case.request is not None
@@ -353,7 +354,7 @@ def test_recorded_requests_are_read(case: Case) -> None:
 COUNTED = protocol_cases("gemini-count-tokens")
 
 
-@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
+@each_case(COUNTED)
 def test_recorded_counts(case: Case) -> None:
     assert case.request is not None
     call = COUNT.read_call(case.request, Address(case.model))

@@ -41,6 +41,7 @@ from extproc.form import (
     ToolResult,
     features,
 )
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 GEMINI: ChatDialect = GeminiGenerate()
@@ -547,7 +548,7 @@ def texts_of(request: Request) -> str:
     return "".join(part.text or "" for part in parts if isinstance(part, (Text, Document)))
 
 
-@pytest.mark.parametrize("case", ANSWERED, ids=lambda case: case.name)
+@each_case(ANSWERED)
 def test_recorded_requests(case: Case) -> None:
     """What is read and written is read the same again, but for what became one turn, or text."""
     assert case.request is not None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from extproc.errors import StreamTooLarge
 from extproc.jsonarray import JsonArrayParser, last_element
 from extproc.sse import SseEvent
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 ARRAYS = tuple(case for case in protocol_cases("gemini", stream=True) if case.body.lstrip().startswith(b"["))
@@ -125,7 +126,7 @@ def test_no_byte_is_searched_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert searched == 5_000
 
 
-@pytest.mark.parametrize("case", ARRAYS, ids=lambda case: case.name)
+@each_case(ARRAYS)
 def test_recorded(case: Case) -> None:
     for chunks in ([case.body], case.recorded_chunks(), case.random_chunks(len(case.body)), each_byte(case.body)):
         events, remainder = parse(chunks)
@@ -134,7 +135,7 @@ def test_recorded(case: Case) -> None:
         assert remainder.strip() == b"]"
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@each_case(SMALL)
 def test_recorded_at_every_split_point(case: Case) -> None:
     expected = data([case.body])
     for at in range(len(case.body)):

@@ -19,6 +19,7 @@ from extproc.metering import StreamMeter, count_texts, final_usage, starting_fac
 from extproc.records import Metered, Piece, Target, Usage, UsageSource
 from extproc.sse import SseParser
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, chat_cases
 
 COUNT = counter("o200k_base")
@@ -507,7 +508,7 @@ def metered_in(case: Case, chunks: Iterable[bytes]) -> tuple[StreamMeter, list[M
     return stream, feed(stream, chunks), stream.finish()
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream(case: Case) -> None:
     stream, events, left = metered_in(case, case.recorded_chunks())
     assert b"".join(event.raw for event in events) + left == case.body
@@ -521,7 +522,7 @@ def test_recorded_stream(case: Case) -> None:
             assert not (json.loads(event.raw.partition(b":")[2]).get("choices"))
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_chunks_change_nothing(case: Case) -> None:
     whole, events, left = metered_in(case, [case.body])
     for chunks in (case.random_chunks(seed=1), case.random_chunks(seed=2, largest=3)):
@@ -539,7 +540,7 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+@each_case(PLAIN)
 def test_the_count_follows_the_bill(case: Case) -> None:
     stream, _, _ = metered_in(case, [case.body])
     assert case.billed

@@ -19,6 +19,7 @@ from extproc.dialects.openai_chat.answers import usage_fields
 from extproc.dialects.openai_chat.calls import usage_of
 from extproc.form import Answer, Choice, Citation, Finish, Part, Refusal, Text, Thinking, TokenLogprob, ToolCall
 from extproc.records import Usage
+from tests.each import each_case
 from tests.recordings import Case, chat_cases
 from tests.test_openai_chat_calls import client
 
@@ -377,7 +378,7 @@ def _said(choice: Choice) -> dict[str, Any]:
     return {"text": joined(Text), "thinking": joined(Thinking), "refusal": joined(Refusal), "calls": calls}
 
 
-@pytest.mark.parametrize("case", ANSWERED, ids=lambda case: case.name)
+@each_case(ANSWERED)
 def test_recorded_answer(case: Case) -> None:
     answer = CHAT.read_whole(case.body, SEED)
     assert [_said(choice) for choice in answer.choices] == _by_hand(case)
@@ -466,7 +467,7 @@ def test_an_error_without_details(body: bytes) -> None:
 FAILED = [case for case in chat_cases(False) if case.status != 200]
 
 
-@pytest.mark.parametrize("case", FAILED, ids=lambda case: case.name)
+@each_case(FAILED)
 def test_recorded_error(case: Case) -> None:
     error = CHAT.read_error(case.status, case.body)
     said = json.loads(case.body)

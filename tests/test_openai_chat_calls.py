@@ -20,6 +20,7 @@ from extproc.intake import parse_json
 from extproc.metering import count_texts
 from extproc.records import Piece, Usage
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, chat_cases
 
 CHAT = OpenAIChatCalls()
@@ -578,7 +579,7 @@ def test_not_an_answer(body: bytes) -> None:
         CHAT.read_answer(body)
 
 
-@pytest.mark.parametrize("case", chat_cases(False), ids=lambda case: case.name)
+@each_case(chat_cases(False))
 def test_recorded_answer(case: Case) -> None:
     if case.status != 200 or case.meta.get("error"):
         with pytest.raises(ValueError, match="not a chat completion"):
@@ -606,7 +607,7 @@ ASKED = [
 OPENAIS = [case for case in ASKED if case.provider in ("openai", "azure-openai") and "input" in case.usage]
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_requests_are_read(case: Case) -> None:
     assert case.request is not None
     call = CHAT.read_call(case.request)
@@ -616,7 +617,7 @@ def test_recorded_requests_are_read(case: Case) -> None:
     }
 
 
-@pytest.mark.parametrize("case", OPENAIS, ids=lambda case: case.name)
+@each_case(OPENAIS)
 def test_a_hold_for_a_recorded_prompt_covers_it(case: Case) -> None:
     assert case.request is not None
     call = CHAT.read_call(case.request)

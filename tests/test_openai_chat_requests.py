@@ -35,6 +35,7 @@ from extproc.form import (
     ToolResult,
     features,
 )
+from tests.each import each_case
 from tests.recordings import Case, chat_cases
 
 CHAT = OpenAIChat()
@@ -633,7 +634,7 @@ def _sendable(message: Message) -> tuple[Part, ...]:
     )
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_request(case: Case) -> None:
     assert case.request is not None
     CHAT.read_call(case.request)

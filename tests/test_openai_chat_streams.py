@@ -40,6 +40,7 @@ from extproc.form import (
 from extproc.metering import StreamMeter
 from extproc.records import Usage
 from extproc.sse import SseParser
+from tests.each import each_case
 from tests.recordings import Case, chat_cases
 from tests.test_openai_chat_answers import JSON
 from tests.test_openai_chat_calls import client
@@ -646,7 +647,7 @@ def _figures(events: Iterable[StreamEvent]) -> Usage | None:
     return next((event.usage for event in reversed(list(events)) if isinstance(event, Used)), None)
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream(case: Case) -> None:
     events = events_of([case.body], choices_asked(case))
     for chunks in (case.recorded_chunks(), case.random_chunks(1), case.random_chunks(2, largest=3)):
@@ -663,7 +664,7 @@ def test_recorded_stream(case: Case) -> None:
     assert (usage, len("".join(pieces.piece(events).texts))) == (meter.usage, meter.counted)
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream_written(case: Case) -> None:
     """What is written says the same again, to this reader and to the official client."""
     events = events_of([case.body], choices_asked(case))

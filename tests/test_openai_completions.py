@@ -19,6 +19,7 @@ from extproc.metering import count_texts
 from extproc.records import Piece, Usage
 from extproc.sse import SseParser
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 from tests.test_openai_responses_calls import JSON, client
 
@@ -155,7 +156,7 @@ ASKED = [c for c in CASES if c.request and c.request.get("model") and (c.request
 GOOD = [case for case in CASES if case.status == 200 and case.name != "openai/completions-json-unknown-01"]
 
 
-@pytest.mark.parametrize("case", ASKED, ids=lambda case: case.name)
+@each_case(ASKED)
 def test_recorded_requests_are_read(case: Case) -> None:
     assert case.request is not None
     call = COMPLETIONS.read_call(case.request)
@@ -165,14 +166,14 @@ def test_recorded_requests_are_read(case: Case) -> None:
         assert case.usage["input"] <= count_texts(call.prompt_texts, counter("cl100k_base")) + call.prompt_extra
 
 
-@pytest.mark.parametrize("case", [case for case in GOOD if not case.stream], ids=lambda case: case.name)
+@each_case([case for case in GOOD if not case.stream])
 def test_recorded_answer(case: Case) -> None:
     answer, expected = COMPLETIONS.read_answer(case.body), json.loads(case.body)
     assert list(answer.texts) == [choice["text"] for choice in expected["choices"]]
     assert (answer.usage and (answer.usage.prompt, answer.usage.completion)) == case.billed
 
 
-@pytest.mark.parametrize("case", [case for case in GOOD if case.stream], ids=lambda case: case.name)
+@each_case([case for case in GOOD if case.stream])
 def test_recorded_stream(case: Case) -> None:
     read = COMPLETIONS.piece_reader()
     heard = [read(event.data) for event in SseParser().feed(case.body + b"\n\n") if event.data]
@@ -182,7 +183,7 @@ def test_recorded_stream(case: Case) -> None:
     assert {place for piece in heard for place in piece.finished} == {p for piece in heard for p in piece.started}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.status != 200], ids=lambda case: case.name)
+@each_case([case for case in CASES if case.status != 200])
 def test_recorded_error(case: Case) -> None:
     with pytest.raises(ValueError, match="not a completion"):
         COMPLETIONS.read_answer(case.body)

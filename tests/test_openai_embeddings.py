@@ -18,6 +18,7 @@ from extproc.errors import BadRequest, BudgetExhausted
 from extproc.metering import count_texts
 from extproc.records import Piece, Usage
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 from tests.test_openai_responses_calls import JSON, client
 
@@ -117,7 +118,7 @@ def test_there_are_no_events() -> None:
 CASES = protocol_cases("openai-embeddings")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.request], ids=lambda case: case.name)
+@each_case([case for case in CASES if case.request])
 def test_recorded_requests_are_read(case: Case) -> None:
     assert case.request is not None
     call = EMBEDDINGS.read_call(case.request)
@@ -125,7 +126,7 @@ def test_recorded_requests_are_read(case: Case) -> None:
         assert case.usage["input"] <= count_texts(call.prompt_texts, counter("cl100k_base")) + call.prompt_extra
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each_case(CASES)
 def test_recorded_answers(case: Case) -> None:
     if case.status != 200:
         with pytest.raises(ValueError, match=r"."):

@@ -24,6 +24,7 @@ from extproc.errors import ProviderError
 from extproc.form import Answer, Choice, Citation, Finish, Part, Refusal, Text, Thinking, TokenLogprob, ToolCall
 from extproc.records import Usage
 from extproc.sse import SseParser
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 from tests.test_openai_responses_calls import JSON, client
 
@@ -145,14 +146,14 @@ FINISHES = {
 }
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_any_chunks_say_the_same(case: Case) -> None:
     events = list(map(repr, events_of([case.body])))
     for chunks in (case.recorded_chunks(), case.random_chunks(1), case.random_chunks(2, largest=3)):
         assert list(map(repr, events_of(chunks))) == events
 
 
-@pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
+@each_case(GOOD)
 def test_recorded_stream(case: Case) -> None:
     events, by_line = events_of([case.body]), told(case.body)
     assert said(events) == by_hand(by_line[-1]["response"], by_line)
@@ -169,7 +170,7 @@ def test_recorded_stream(case: Case) -> None:
     assert used.usage.web_searches == len(searched) + len(x_search)
 
 
-@pytest.mark.parametrize("case", [case for case in STREAMS if case not in GOOD], ids=lambda case: case.name)
+@each_case([case for case in STREAMS if case not in GOOD])
 def test_recorded_stream_that_fails(case: Case) -> None:
     *_, failed = events_of([case.body])
     assert isinstance(failed, form.Failed)
@@ -178,7 +179,7 @@ def test_recorded_stream_that_fails(case: Case) -> None:
     assert failed.error.status == (429 if first["code"] == "insufficient_quota" else 500)
 
 
-@pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
+@each_case(GOOD)
 def test_recorded_stream_written_again(case: Case) -> None:
     events = events_of([case.body])
     again = stream_of(events)
@@ -194,7 +195,7 @@ def test_recorded_stream_written_again(case: Case) -> None:
         assert comparable(accumulated(again)) == final["output"]
 
 
-@pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
+@each_case(GOOD)
 def test_the_meter_hears_everything_once(case: Case) -> None:
     """By its pieces, and by its end as a whole answer."""
     read_piece = RESPONSES.piece_reader()
@@ -257,7 +258,7 @@ WHOLE = [case for case in protocol_cases(OWN, False) if case.status == 200]
 FAILED = [case for case in protocol_cases(OWN, False) if case.status != 200]
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+@each_case(WHOLE)
 def test_recorded_answer(case: Case) -> None:
     answer, response = RESPONSES.read_whole(case.body, SEED), json.loads(case.body)
     expected = by_hand(response, [])
@@ -271,7 +272,7 @@ def test_recorded_answer(case: Case) -> None:
     assert answer.usage.web_searches == searches.count("search")
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+@each_case(WHOLE)
 def test_recorded_answer_written_again(case: Case) -> None:
     answer = RESPONSES.read_whole(case.body, SEED)
     again = RESPONSES.read_whole(RESPONSES.write_whole(answer, SEED), SEED)
@@ -279,7 +280,7 @@ def test_recorded_answer_written_again(case: Case) -> None:
     assert (again.service_tier, again.model) == (answer.service_tier, answer.model)
 
 
-@pytest.mark.parametrize("case", FAILED, ids=lambda case: case.name)
+@each_case(FAILED)
 def test_recorded_error(case: Case) -> None:
     error = RESPONSES.read_error(case.status, case.body)
     body = json.loads(case.body)

@@ -21,6 +21,7 @@ from extproc.form import carry
 from extproc.metering import count_texts
 from extproc.records import Usage
 from extproc.tokens import counter
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 
 RESPONSES = OpenAIResponses()
@@ -325,7 +326,7 @@ def test_recorded_requests_that_are_refused() -> None:
     assert {*params} <= {"provider", "background", "prompt"}
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+@each_case(TAKEN)
 def test_recorded_requests_are_read(case: Case) -> None:
     assert case.request is not None
     call = RESPONSES.read_call(case.request)
@@ -334,7 +335,7 @@ def test_recorded_requests_are_read(case: Case) -> None:
     assert sent(case.request, "other", 77) == {**case.request, **forced, "model": "other", "max_output_tokens": 77}
 
 
-@pytest.mark.parametrize("case", OPENAIS, ids=lambda case: case.name)
+@each_case(OPENAIS)
 def test_a_hold_for_a_recorded_prompt_covers_it(case: Case) -> None:
     assert case.request is not None
     call = RESPONSES.read_call(case.request)

@@ -38,6 +38,7 @@ from extproc.form import (
     carry,
     features,
 )
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 from tests.test_openai_responses_calls import JSON, TAKEN
 
@@ -469,7 +470,7 @@ def _uncached(part: Part) -> Part:
     return replace(part, cache_ttl=None) if isinstance(part, Text) else part
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+@each_case(TAKEN)
 def test_recorded_requests_written_again(case: Case) -> None:
     assert case.request is not None
     asked = RESPONSES.read_request(case.request)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.each import each_case
 from tests.recordings import SUBSET, Case, cases, chat_cases
 
 SUBSET_CASES = chat_cases(root=SUBSET)
@@ -42,7 +41,7 @@ def test_streams_and_others_are_told_apart() -> None:
     assert {case.name for case in streams + others} == {case.name for case in chat_cases()}
 
 
-@pytest.mark.parametrize("case", SUBSET_CASES, ids=lambda case: case.name)
+@each_case(SUBSET_CASES)
 def test_a_case_is_what_its_meta_says(case: Case) -> None:
     assert len(case.body) == case.meta["body_bytes"]
     assert case.provider == case.meta["provider"]

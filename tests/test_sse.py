@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from extproc.errors import StreamTooLarge
 from extproc.sse import SseEvent, SseParser
+from tests.each import each_case
 from tests.recordings import COLLECTION, SUBSET, Case, cases
 
 
@@ -207,7 +208,7 @@ def test_no_byte_is_searched_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Recorded streams -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", STREAMS, ids=lambda case: case.name)
+@each_case(STREAMS)
 def test_recorded_stream(case: Case) -> None:
     check([case.body])
     check(case.recorded_chunks())
@@ -215,7 +216,7 @@ def test_recorded_stream(case: Case) -> None:
     check_from_start(each_byte(case.body))
 
 
-@pytest.mark.parametrize("case", SMALL_STREAMS, ids=lambda case: case.name)
+@each_case(SMALL_STREAMS)
 def test_recorded_stream_at_every_split_point(case: Case) -> None:
     expected = read_whole(case.body)
     for at in range(len(case.body)):

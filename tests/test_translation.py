@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -27,6 +27,7 @@ from tests.answers import (
     recorded,
 )
 from tests.conformance import Conforms
+from tests.each import each_case
 from tests.recordings import Case, protocol_cases
 from tests.translated import REPLACED, UNASKED, as_events, asked, check_heard, check_raised, exception, whole
 
@@ -35,10 +36,6 @@ SMALL_BYTES = 3_000
 PAIRS = [(case, into) for case in CASES for into in DIALECTS if into != DIALECT_OF[case.protocol]]
 ANSWERED = [pair for pair in PAIRS if pair[0].status == 200]
 FAILED = [pair for pair in PAIRS if pair[0].status != 200]
-
-
-def ids(pairs: Sequence[tuple[Case, str]]) -> list[str]:
-    return [f"{case.name}-{into}" for case, into in pairs]
 
 
 def translation(case: Case, into: str, *, array: bool = False) -> Translation:
@@ -72,24 +69,24 @@ def chunkings(case: Case, into: str) -> Iterator[list[bytes]]:
         yield case.random_chunks(seed, largest=(400, 40, 3, 100)[seed])
 
 
-@pytest.mark.parametrize(("case", "into"), ANSWERED, ids=ids(ANSWERED))
+@each_case(ANSWERED)
 def test_an_answer(case: Case, into: str, conforms: Conforms) -> None:
     """As it came in one piece, as the official client reads it; and in other pieces the same, byte for byte."""
     why_not = exception(case, into)
-    conforms(case, f"into {into}", why_not)
-    if why_not in UNASKED:
-        return
-    case = as_events(case)
-    if not case.stream and "error" in case.meta:
-        with pytest.raises(ValueError, match="not a"):  # an error with status 200
-            translated(case, into, [case.body])
-        return
-    body = translated(case, into, [case.body])
-    for chunks in chunkings(case, into) if case.stream else ():
-        assert translated(case, into, chunks) == body
-    if case.stream:
-        body += missing(case, into, body)
-    check_heard(case, into, body)
+    with conforms(case, f"into {into}", why_not):
+        if why_not in UNASKED:
+            return
+        case = as_events(case)
+        if not case.stream and "error" in case.meta:
+            with pytest.raises(ValueError, match="not a"):  # an error with status 200
+                translated(case, into, [case.body])
+            return
+        body = translated(case, into, [case.body])
+        for chunks in chunkings(case, into) if case.stream else ():
+            assert translated(case, into, chunks) == body
+        if case.stream:
+            body += missing(case, into, body)
+        check_heard(case, into, body)
 
 
 def missing(case: Case, into: str, body: bytes) -> bytes:
@@ -107,7 +104,7 @@ def missing(case: Case, into: str, body: bytes) -> bytes:
 ARRAYS = [case for case, into in ANSWERED if into == GEMINI and case.stream and whole(case)]
 
 
-@pytest.mark.parametrize("case", ARRAYS, ids=lambda case: case.name)
+@each_case(ARRAYS)
 def test_a_stream_as_one_array(case: Case) -> None:
     """Google's other form of a stream, which no client of its own asks for: the same events."""
     said = json.loads(translated(case, GEMINI, [case.body], array=True))
@@ -115,16 +112,16 @@ def test_a_stream_as_one_array(case: Case) -> None:
     assert said == [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: ")]
 
 
-@pytest.mark.parametrize(("case", "into"), FAILED, ids=ids(FAILED))
+@each_case(FAILED)
 def test_an_error(case: Case, into: str, conforms: Conforms) -> None:
-    conforms(case, "error classes")
-    status = REPLACED.get(case.status, case.status)
-    if case.status in REPLACED:
-        body = DIALECTS[into].render_error(UpstreamFailure("The provider did not accept the gateway's request."))
-    else:
-        body = translation(case, into).error(case.status, case.body)
-    for stream in (case.stream, not case.stream):
-        check_raised(case, into, status, body, stream=stream)
+    with conforms(case, "error classes"):
+        status = REPLACED.get(case.status, case.status)
+        if case.status in REPLACED:
+            body = DIALECTS[into].render_error(UpstreamFailure("The provider did not accept the gateway's request."))
+        else:
+            body = translation(case, into).error(case.status, case.body)
+        for stream in (case.stream, not case.stream):
+            check_raised(case, into, status, body, stream=stream)
 
 
 # Requests -------------------------------------------------------------------------------------------------------------
@@ -144,7 +141,7 @@ ASKED = [pair for pair in PAIRS if pair[0].request is not None]
 
 
 @pytest.mark.parametrize("drop", [False, True], ids=["as it is", "dropping"])
-@pytest.mark.parametrize(("case", "into"), ASKED, ids=ids(ASKED))
+@each_case(ASKED)
 def test_a_request(case: Case, into: str, drop: bool) -> None:
     """It becomes one that the other dialect takes, and that asks for as much; or a field of it is named."""
     caller, provider = DIALECTS[DIALECT_OF[case.protocol]], DIALECTS[into]

@@ -16,7 +16,9 @@ up-manifest: $(READY)
 	@exec $(VENV)/bin/tollgate up-manifest
 
 # Every test, two at a time; then those through a real Envoy once more, on the reference transport, with processor and
-# Envoy as the manifest defines them, and with the subset of the recordings that is in the tree.
+# Envoy as the manifest defines them, and with the subset of the recordings that is in the tree. Tests are compiled once,
+# not by each worker of each run, whatever the environment says.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 	TOLLGATE_RIG=manifest TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)

@@ -68,6 +68,8 @@ class Adopter:
                 await self.adopt()
             except LedgerUnavailable as error:
                 _log.info("adoption: %s", error)
+            except Exception:  # whatever it is, the next round comes
+                _log.exception("adoption failed")
             await asyncio.sleep(self._interval_s)
 
     async def adopt(self) -> None:

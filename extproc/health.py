@@ -31,7 +31,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if serving else states.NOT_SERVING)
 
-
     def _is_ready(self) -> bool:
         """Now, or soon: before the first time a startup probe, which comes once a second, waits for it."""
         patience_s = 0.0 if self._was_ready else _PATIENCE_S

@@ -135,6 +135,7 @@ MAX_WORKERS = 4  # sockets that envoy.yaml lists for the processor; more cores w
 
 # Telemetry ------------------------------------------------------------------------------------------------------------
 MAX_MODEL_SERIES = 500  # label sets of one metric by model, a histogram's with 16 lines each; models come from callers
+METRICS_FILE_BYTES = 4 * MIB  # of each of a worker's three: room for all series that may be, at 250 bytes a line
 MAX_CALLER_SERIES = 2_000  # of the cost, by who calls
 MAX_BUDGET_SERIES = 1_000  # budgets on /metrics: those that are used most
 MAX_OPEN_SPANS = 20_000  # requests under way whose spans are remembered

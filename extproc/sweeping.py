@@ -56,6 +56,8 @@ class Sweeper:
                 await self.sweep()
             except LedgerUnavailable as error:
                 _log.info("sweep: %s", error)
+            except Exception:  # whatever it is, the next round comes
+                _log.exception("sweep failed")
 
     async def sweep(self) -> None:
         """One round. Raises LedgerUnavailable."""

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from extproc.errors import LedgerUnavailable
-from extproc.limits import MAX_CALLER_SERIES, MAX_MODEL_SERIES
+from extproc.limits import MAX_CALLER_SERIES, MAX_MODEL_SERIES, METRICS_FILE_BYTES
 from extproc.records import Balance, Budget, Mode, Outcome, Unit, UsageRecord, Window
 from extproc.telemetry.metrics import Metrics
 from extproc.telemetry.page import MetricsPage
@@ -166,3 +166,18 @@ def test_the_exporter_is_not_loaded_without_its_setting() -> None:
     """redis-py loads the SDK where it finds it; what exports is loaded by us alone."""
     script = "import sys, extproc.serve, extproc.workers; sys.exit('opentelemetry.exporter' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_disk_that_fills_up_does_not_kill_who_counts(tmp_path: Path) -> None:
+    """The files are mapped: where they have no blocks of their own, writing to them on a full disk is a SIGBUS."""
+    count = (
+        "from prometheus_client import CollectorRegistry\n"
+        "from extproc.telemetry.metrics import Metrics, share\n"
+        "share('w')\n"
+        "Metrics(CollectorRegistry())\n"
+    )
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", count], env=environment, check=True, timeout=60)
+    files = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert set(files) == {"counter_w.db", "gauge_sum_w.db", "histogram_w.db"}
+    assert all(file.st_blocks * 512 >= file.st_size == METRICS_FILE_BYTES for file in files.values())

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 
-from extproc.limits import MAX_CALLER_SERIES, MAX_MODEL_SERIES
+from extproc.limits import MAX_CALLER_SERIES, MAX_MODEL_SERIES, METRICS_FILE_BYTES
 from extproc.records import Outcome, UsageRecord
 
 SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable, which it reads when it is imported
@@ -30,8 +30,23 @@ M = TypeVar("M", Counter, Histogram)
 
 
 def share(worker: str) -> None:
-    """Count where the other workers do. Once, before any metric is made; `worker` is nobody else's name meanwhile."""
+    """Count where the other workers do. Once, before any metric is made; `worker` is nobody else's name meanwhile.
+
+    Raises OSError where the disk has no room for it.
+    """
+    if (directory := shared_directory()) is not None:
+        for kind in ("counter", "gauge_sum", "histogram"):
+            _reserve(directory / f"{kind}_{worker}.db")
     values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
+
+
+def _reserve(path: Path) -> None:
+    """Room for a file that is mapped into memory: on a disk that is full by then, writing would kill the worker."""
+    fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, METRICS_FILE_BYTES)
+    finally:
+        os.close(fd)
 
 
 class Metrics:

@@ -19,7 +19,7 @@ from extproc.errors import LedgerUnavailable, PolicyInvalid
 from extproc.limits import MAX_TOKEN_LIFETIME_S, MAX_WORKERS
 from extproc.records import Balance, BudgetRule, Policy, Principal, Scope
 from extproc.settings import Dataset, Settings, SettingsInvalid
-from extproc.sinks import SinkUnavailable
+from extproc.usage.sinks import SinkUnavailable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,8 +101,8 @@ def serve(workers: int | None) -> None:
 @main.command()
 def ship() -> None:
     """Ship the usage journal into the usage store, until SIGTERM."""
-    from extproc import ship
-    from extproc.shipper import AlreadyShipping
+    from extproc.usage import ship
+    from extproc.usage.shipper import AlreadyShipping
 
     try:
         ship.main(Settings.from_environment(os.environ), sys.stdout.buffer)
@@ -120,8 +120,8 @@ def bigquery() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 def apply(location: str, dry_run: bool) -> None:
     """Create the dataset, its tables and views, or bring them up to this version: add columns, update views."""
-    from extproc.bigquery_schema import changes
-    from extproc.sinks.bigquery import FAILURES, connect, one_line
+    from extproc.usage.bigquery_schema import changes
+    from extproc.usage.sinks.bigquery import FAILURES, connect, one_line
 
     settings = _stack_settings()
     dataset = _dataset(settings)
@@ -148,8 +148,8 @@ def load(file: BinaryIO) -> None:
 
     Rows that the store has already change nothing, so that a file may be loaded twice.
     """
-    from extproc import loading
-    from extproc.sinks.bigquery import connect
+    from extproc.usage import loading
+    from extproc.usage.sinks.bigquery import connect
 
     settings = _stack_settings()
     dataset = _dataset(settings)
@@ -196,7 +196,7 @@ def token(email: str, aud: str | None, ttl: int) -> None:
 def usage(as_json: bool, wide: bool, last: int | None) -> None:
     """Print what requests used and cost, the newest last."""
     from extproc import reports
-    from extproc.sinks.duckdb import read_usage
+    from extproc.usage.sinks.duckdb import read_usage
 
     records = read_usage(_local_store("usage"), last or (None if as_json else _TABLE_RECORDS))
     if as_json:
@@ -213,7 +213,8 @@ def usage(as_json: bool, wide: bool, last: int | None) -> None:
 @click.option("--days", type=click.IntRange(1, 3_650), default=7, show_default=True, help="Up to today, in UTC.")
 def report(name: str | None, as_json: bool, days: int) -> None:
     """Print one of the views of usage; without NAME, list them."""
-    from extproc import reports, views
+    from extproc import reports
+    from extproc.usage import views
 
     names = [view.name for view in views.load()]
     if name is None:
@@ -226,7 +227,7 @@ def report(name: str | None, as_json: bool, days: int) -> None:
 
 def _report(name: str, as_json: bool, days: int) -> None:
     from extproc import reports
-    from extproc.sinks.duckdb import read_view
+    from extproc.usage.sinks.duckdb import read_view
 
     found = read_view(_local_store(name), name, days)
     if as_json:
@@ -366,7 +367,7 @@ def _located(path: Path, problem: str) -> str:
 
 
 def _balances(settings: Settings, now_ms: int) -> tuple[Balance, ...]:
-    from extproc.snapshots import read_balances
+    from extproc.usage.snapshots import read_balances
 
     try:
         return read_balances(settings, now_ms)

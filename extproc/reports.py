@@ -19,7 +19,7 @@ with suppress(ModuleNotFoundError):  # in the processor's image: what is printed
     from rich.text import Text
 
 from extproc.records import Balance, Outcome, Unit, UsageRecord
-from extproc.views import View
+from extproc.usage.views import View
 
 _NANOUSD_PER_USD = 10**9
 _NANOUSD_PER_MICROUSD = 1_000

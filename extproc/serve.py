@@ -18,7 +18,6 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from extproc import tokens
-from extproc.adopting import Adopter
 from extproc.counting import PromptCounter
 from extproc.errors import LedgerUnavailable
 from extproc.exchange import Exchange
@@ -27,7 +26,6 @@ from extproc.google_tokens import GoogleTokens
 from extproc.health import HealthServer
 from extproc.identity import Identity
 from extproc.instance import instance_of
-from extproc.journal import Journal
 from extproc.keys import KeyStore
 from extproc.ledger import Ledger
 from extproc.limits import MIB
@@ -52,6 +50,8 @@ from extproc.telemetry.page import MetricsPage
 from extproc.transports import End, Send
 from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
+from extproc.usage.adopting import Adopter
+from extproc.usage.journal import Journal
 
 if TYPE_CHECKING:
     from extproc.telemetry.otlp import Otlp

@@ -19,9 +19,9 @@ from typing import Any, cast
 
 import duckdb
 
-from extproc import views
-from extproc.bigquery_schema import TABLES
 from extproc.settings import Dataset
+from extproc.usage import views
+from extproc.usage.bigquery_schema import TABLES
 
 MAX_BYTES = 10 * 2**20
 DATASET = Dataset("my-project", "llm")

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from extproc.sinks import UsageRow
+from extproc.usage.sinks import UsageRow
 
 
 class PlainSink:

@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from extproc import journal
 from extproc.envoy_config import Places, render
 from extproc.ledger import Ledger
 from extproc.local.container import Process as Container
@@ -34,6 +33,7 @@ from extproc.local.provider import Received, Script, ScriptedProvider
 from extproc.local.valkey import LocalValkey, free_port
 from extproc.providers import PROVIDERS
 from extproc.records import Balance, UsageRecord
+from extproc.usage import journal
 from extproc.workers import worker_socket
 from tests import manifest_rig
 

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 from google.cloud import bigquery
 
-from extproc import bigquery_schema, views
-from extproc.bigquery_schema import TABLES
 from extproc.cli import main
 from extproc.records import BudgetSnapshot, UsageRecord
+from extproc.usage import bigquery_schema, views
+from extproc.usage.bigquery_schema import TABLES
 from tests.bigquery_server import FakeBigQuery
 
 VIEWS = [view.name for view in views.load()]

@@ -18,10 +18,9 @@ import pytest
 from click.testing import CliRunner, Result
 from google.auth import jwt
 
-from extproc import cli, views
+from extproc import cli
 from extproc.budget import window_at
 from extproc.envoy_config import TEMPLATE
-from extproc.journal import Journal, encode
 from extproc.ledger import Ledger
 from extproc.limits import MIB
 from extproc.local.issuer import DevIssuer
@@ -41,9 +40,11 @@ from extproc.records import (
     UsageRecord,
     Window,
 )
-from extproc.shipper import Shipper
-from extproc.sinks import UsageRow
-from extproc.sinks.duckdb import DuckDbSink
+from extproc.usage import views
+from extproc.usage.journal import Journal, encode
+from extproc.usage.shipper import Shipper
+from extproc.usage.sinks import UsageRow
+from extproc.usage.sinks.duckdb import DuckDbSink
 from tests.usage_rows import usage_record
 
 POLICY = """
@@ -174,7 +175,7 @@ class TestUsage:
         fails_in_one_line(tollgate("usage"), ".tollgate/usage.duckdb", "is the stack running?")
 
     def test_of_a_store_that_is_none(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("extproc.sinks.duckdb._OPEN_TIMEOUT_S", 0)
+        monkeypatch.setattr("extproc.usage.sinks.duckdb._OPEN_TIMEOUT_S", 0)
         (directory / "other").write_text("nonsense" * 1000)
         fails_in_one_line(tollgate("usage", env={"TOLLGATE_USAGE_DB": "other"}), "not a valid DuckDB")
 

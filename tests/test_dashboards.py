@@ -21,12 +21,12 @@ from dashboards import bigquery, prometheus
 from dashboards.__main__ import SETS, files, main
 from dashboards.bigquery import DATASET
 from dashboards.panels import Board, Kind, Panel
-from extproc import views
-from extproc.bigquery_schema import TABLES
 from extproc.records import Balance, Budget, BudgetSnapshot, Mode, Outcome, Scope, Unit, Window
-from extproc.sinks import UsageRow
 from extproc.telemetry.metrics import Metrics
 from extproc.telemetry.page import _State
+from extproc.usage import views
+from extproc.usage.bigquery_schema import TABLES
+from extproc.usage.sinks import UsageRow
 from tests.usage_rows import usage_record
 from tests.warehouse import sample_log, warehouse
 

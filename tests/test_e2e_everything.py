@@ -28,7 +28,7 @@ from extproc.local.provider import Received, Script
 from extproc.local.valkey import LocalValkey, free_port
 from extproc.providers import PROVIDERS
 from extproc.records import Outcome, UsageRecord
-from extproc.sinks import UsageRow
+from extproc.usage.sinks import UsageRow
 from tests import voices
 from tests.bigquery_server import FakeBigQuery, Fault
 from tests.otlp_collector import Collector, attributes

@@ -20,7 +20,7 @@ from extproc.ledger import Ledger
 from extproc.local.provider import Script
 from extproc.local.valkey import LocalValkey
 from extproc.records import UsageRecord
-from extproc.sinks.duckdb import read_usage
+from extproc.usage.sinks.duckdb import read_usage
 from tests.clusters import start_cluster
 from tests.rig import DONE, POLICY, Rig, delta, eventually, running, streamed, usage, whole
 

@@ -18,14 +18,14 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.journal import encode
 from extproc.limits import MAX_REQUEST_BYTES
 from extproc.local.issuer import CERTIFICATES_PATH, serve_certificates
 from extproc.local.provider import Script
 from extproc.local.valkey import free_port
 from extproc.records import Outcome, UsageRecord, UsageSource
-from extproc.sinks import UsageRow
 from extproc.tokens import counter
+from extproc.usage.journal import encode
+from extproc.usage.sinks import UsageRow
 from tests.rig import AUDIENCE, DONE, POLICY, PROVIDER_KEY, Processor, Rig, Told, delta, eventually, running, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -14,12 +14,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from extproc import journal as journal_module
 from extproc import ownedfile
-from extproc.journal import SEGMENTS, Journal, decode, encode
 from extproc.limits import KIB, MAX_JOURNAL_QUEUE, MAX_TOKENS, MIB
 from extproc.records import Outcome, UsageRecord
-from extproc.sinks import UsageRow
+from extproc.usage import journal as journal_module
+from extproc.usage.journal import SEGMENTS, Journal, decode, encode
+from extproc.usage.sinks import UsageRow
 from tests.usage_rows import usage_record
 
 FIELDS = [field.name for field in dataclasses.fields(UsageRecord)]
@@ -300,7 +300,7 @@ def stuck_disk(patch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from extproc.journal import Journal
+from extproc.usage.journal import Journal
 from tests.usage_rows import usage_record
 journal = Journal(Path(sys.argv[1]), max_bytes=1 << 30, clock=lambda: 1)
 print("started", flush=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from extproc import limits
-from extproc.adopting import Adopter
 from extproc.errors import LedgerUnavailable
 from extproc.instance import instance_of
-from extproc.journal import encode
 from extproc.local.valkey import LocalValkey
-from extproc.outbox import Acknowledgements
 from extproc.records import NOTHING, Settlement, UsageRecord
-from extproc.sinks import UsageRow
+from extproc.usage.adopting import Adopter
+from extproc.usage.journal import encode
+from extproc.usage.outbox import Acknowledgements
+from extproc.usage.sinks import UsageRow
 from tests.clusters import start_cluster
 from tests.rig import eventually
 from tests.test_ledger import NOON_MS, Bench, budget, held, namespaces, opened, tokens
@@ -387,7 +387,7 @@ def test_its_end_waits_for_no_ledger() -> None:
 
 
 def test_only_the_latest_wait_where_redis_is_away_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extproc.outbox.MAX_OUTBOX_ROWS", 2)
+    monkeypatch.setattr("extproc.usage.outbox.MAX_OUTBOX_ROWS", 2)
     ledger = Ledger()
     acknowledgements, thread = telling(ledger)
     acknowledgements.stored(["a", "b", "c"])

@@ -23,7 +23,7 @@ from extproc.reports import (
     views_table,
     wide_usage_table,
 )
-from extproc.views import View
+from extproc.usage.views import View
 from tests.usage_rows import usage_record
 
 SERVICE = Balance(

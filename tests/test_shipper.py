@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from extproc.journal import Journal, encode
 from extproc.limits import MAX_SHIP_BYTES, MIB
-from extproc.shipper import AlreadyShipping, Shipper
-from extproc.sinks import Sink, SinkUnavailable, UsageRow
-from extproc.sinks.duckdb import DuckDbSink, read_usage
+from extproc.usage.journal import Journal, encode
+from extproc.usage.shipper import AlreadyShipping, Shipper
+from extproc.usage.sinks import Sink, SinkUnavailable, UsageRow
+from extproc.usage.sinks.duckdb import DuckDbSink, read_usage
 from tests.plain_sink import PlainSink
 from tests.usage_rows import usage_record
 
@@ -210,8 +210,8 @@ def test_run_tries_again_and_ships_what_is_there_before_it_ends(tmp_path: Path, 
 SHIP = """
 import os, signal, sys
 from pathlib import Path
-from extproc.shipper import Shipper
-from extproc.sinks.duckdb import DuckDbSink
+from extproc.usage.shipper import Shipper
+from extproc.usage.sinks.duckdb import DuckDbSink
 from tests.plain_sink import PlainSink
 
 kind, directory, store, point = sys.argv[1:]

@@ -20,16 +20,16 @@ import pytest
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import bigquery
 
-from extproc.journal import Journal, encode
 from extproc.limits import MAX_INSERT_ID_CHARS, MAX_INSERT_ROWS, MAX_REJECTED_BYTES, MIB, MISSING_COLUMN_S
-from extproc.loading import load
 from extproc.records import BudgetSnapshot, Mode, Scope, Unit, UsageRecord, Window
-from extproc.shipper import Shipper
-from extproc.sinks import SinkUnavailable, UsageRow
-from extproc.sinks import bigquery as bigquery_sink
-from extproc.sinks.bigquery import BigQuerySink, connect
-from extproc.sinks.positions import Positions
-from extproc.unshipped import Rejected, log_line, rows_in
+from extproc.usage.journal import Journal, encode
+from extproc.usage.loading import load
+from extproc.usage.shipper import Shipper
+from extproc.usage.sinks import SinkUnavailable, UsageRow
+from extproc.usage.sinks import bigquery as bigquery_sink
+from extproc.usage.sinks.bigquery import BigQuerySink, connect
+from extproc.usage.sinks.positions import Positions
+from extproc.usage.unshipped import Rejected, log_line, rows_in
 from tests.bigquery_server import DATASET, FakeBigQuery, Fault
 from tests.usage_rows import usage_record
 
@@ -405,7 +405,7 @@ def test_what_is_rejected_outlives_a_disk_in_memory_as_a_log_line(tmp_path: Path
 
 
 def test_what_is_rejected_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extproc.unshipped.MAX_REJECTED_BYTES", 2_000)
+    monkeypatch.setattr("extproc.usage.unshipped.MAX_REJECTED_BYTES", 2_000)
     assert MAX_REJECTED_BYTES > 2_000
     rejected = Rejected(tmp_path)
     for number in range(20):

@@ -9,9 +9,9 @@ import duckdb
 import pytest
 
 from extproc.records import Outcome, UsageRecord
-from extproc.sinks import SinkUnavailable, UsageRow
-from extproc.sinks import duckdb as duckdb_sink
-from extproc.sinks.duckdb import DuckDbSink, read_usage
+from extproc.usage.sinks import SinkUnavailable, UsageRow
+from extproc.usage.sinks import duckdb as duckdb_sink
+from extproc.usage.sinks.duckdb import DuckDbSink, read_usage
 from tests.usage_rows import usage_record
 
 SEGMENT = "usage-1-1-1.jsonl"

@@ -9,12 +9,12 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from extproc import snapshots as snapshots_module
 from extproc.errors import LedgerUnavailable
 from extproc.records import Balance, Budget, BudgetSnapshot, Mode, Scope, Unit, Window
-from extproc.sinks import SinkUnavailable
-from extproc.sinks.duckdb import DuckDbSink
-from extproc.snapshots import Snapshots, snapshot
+from extproc.usage import snapshots as snapshots_module
+from extproc.usage.sinks import SinkUnavailable
+from extproc.usage.sinks.duckdb import DuckDbSink
+from extproc.usage.snapshots import Snapshots, snapshot
 
 NOW_MS = 1_795_449_610_250  # 2026-11-23T16:00:10.250Z
 DAY = Balance(

@@ -14,11 +14,11 @@ from sqlglot import exp
 from sqlglot.optimizer.qualify import qualify
 from sqlglot.schema import MappingSchema
 
-from extproc import views
-from extproc.bigquery_schema import TABLES
 from extproc.records import BudgetSnapshot, Mode, Outcome, Scope, Unit, UsageRecord, Window
-from extproc.sinks import UsageRow
-from extproc.views import View
+from extproc.usage import views
+from extproc.usage.bigquery_schema import TABLES
+from extproc.usage.sinks import UsageRow
+from extproc.usage.views import View
 from tests.usage_rows import usage_record
 from tests.warehouse import sample_log, warehouse
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import duckdb
 
-from extproc import views
-from extproc.bigquery_schema import TABLES
 from extproc.records import BudgetSnapshot, Outcome, UsageSource
-from extproc.sinks import UsageRow
+from extproc.usage import views
+from extproc.usage.bigquery_schema import TABLES
+from extproc.usage.sinks import UsageRow
 from tests.usage_rows import usage_record
 
 _TYPES = {"STRING": "VARCHAR", "INTEGER": "BIGINT", "BOOLEAN": "BOOLEAN", "TIMESTAMP": "TIMESTAMPTZ"}

@@ -80,7 +80,7 @@ class _State(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         ready = self._lacking() is None
         yield GaugeMetricFamily("tollgate_ready", "Whether the gateway takes requests.", float(ready))
-        from extproc.journal import stored_bytes  # noqa: PLC0415 - a tenth of a second, of which a start has no need
+        from extproc.usage.journal import stored_bytes  # noqa: PLC0415 - a tenth of a second, of which a start has no need
 
         journal_bytes = stored_bytes(self._journal)
         yield GaugeMetricFamily("tollgate_journal_bytes", "Usage rows on disk, not shipped yet.", float(journal_bytes))

@@ -1,6 +1,6 @@
 """Usage rows on their way around the usage store: as log lines, and set aside in a file. One form, which can be loaded.
 
-A line is JSON with the row under `usage_row`, in the fields of the journal's own lines (extproc/journal.py).
+A line is JSON with the row under `usage_row`, in the fields of the journal's own lines (extproc/usage/journal.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from extproc.journal import decode, encode
 from extproc.limits import MAX_REJECTED_BYTES
-from extproc.sinks import UsageRow
+from extproc.usage.journal import decode, encode
+from extproc.usage.sinks import UsageRow
 
 _log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from extproc import ownedfile
 from extproc.limits import MAX_JOURNAL_BATCH, MAX_JOURNAL_QUEUE, MAX_SEGMENT_BYTES, MAX_TOKENS
 from extproc.records import Outcome, UsageRecord
-from extproc.sinks import UsageRow
+from extproc.usage.sinks import UsageRow
 
 SEGMENTS = "usage-*.jsonl"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from extproc.errors import LedgerUnavailable
-from extproc.journal import decode
 from extproc.records import UsageRecord
+from extproc.usage.journal import decode
 
 _log = logging.getLogger(__name__)
 

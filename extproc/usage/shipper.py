@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from extproc import ownedfile
-from extproc.journal import SEGMENTS, decode
 from extproc.limits import MAX_SHIP_BACKOFF_S, MAX_SHIP_BYTES
-from extproc.sinks import Sink, SinkUnavailable, UsageRow
-from extproc.unshipped import Rejected, log_line
+from extproc.usage.journal import SEGMENTS, decode
+from extproc.usage.sinks import Sink, SinkUnavailable, UsageRow
+from extproc.usage.unshipped import Rejected, log_line
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from google.cloud import bigquery
 
 from extproc.limits import MAX_INSERT_ROWS
 from extproc.settings import Dataset
-from extproc.sinks import UsageRow
-from extproc.sinks.bigquery import UsageInserts
-from extproc.unshipped import rows_in
+from extproc.usage.sinks import UsageRow
+from extproc.usage.sinks.bigquery import UsageInserts
+from extproc.usage.unshipped import rows_in
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What `tollgate bigquery apply` makes: the dataset, two tables, and the views of extproc/sql.
+"""What `tollgate bigquery apply` makes: the dataset, two tables, and the views of extproc/usage/sql.
 
 Nothing is ever taken away: a table gets the columns that it lacks, a view its new text, and the rest is left alone.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from google.api_core.exceptions import NotFound
 from google.cloud import bigquery
 
-from extproc import views
 from extproc.settings import Dataset
-from extproc.sinks.bigquery import SNAPSHOTS_TABLE, USAGE_TABLE
+from extproc.usage import views
+from extproc.usage.sinks.bigquery import SNAPSHOTS_TABLE, USAGE_TABLE
 
 _TIMEOUT_S = 20.0
 # Google's own retry of what may be repeated, for half a minute in place of ten.

@@ -30,8 +30,8 @@ from extproc.limits import (
 )
 from extproc.records import BudgetSnapshot
 from extproc.settings import Dataset
-from extproc.sinks import SinkUnavailable, UsageRow
-from extproc.sinks.positions import Positions
+from extproc.usage.sinks import SinkUnavailable, UsageRow
+from extproc.usage.sinks.positions import Positions
 
 USAGE_TABLE = "usage_log"
 SNAPSHOTS_TABLE = "budget_snapshots"

@@ -13,7 +13,7 @@ from extproc.ledger import Ledger
 from extproc.limits import MAX_SNAPSHOTS
 from extproc.records import Balance, BudgetSnapshot, Scope
 from extproc.settings import Settings
-from extproc.sinks import SinkUnavailable, SnapshotSink
+from extproc.usage.sinks import SinkUnavailable, SnapshotSink
 
 _INTERVAL_MS = 60_000
 

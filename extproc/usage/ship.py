@@ -12,12 +12,12 @@ from typing import BinaryIO, Protocol
 
 from extproc.instance import instance_of
 from extproc.ledger import Ledger
-from extproc.outbox import Acknowledgements
 from extproc.settings import Dataset, Settings
-from extproc.shipper import Shipper
-from extproc.sinks import Sink, SnapshotSink
-from extproc.snapshots import Snapshots, read_balances
-from extproc.unshipped import Rejected
+from extproc.usage.outbox import Acknowledgements
+from extproc.usage.shipper import Shipper
+from extproc.usage.sinks import Sink, SnapshotSink
+from extproc.usage.snapshots import Snapshots, read_balances
+from extproc.usage.unshipped import Rejected
 
 _ENDS = {signal.SIGTERM, signal.SIGINT}
 _CHECK_S = 0.5
@@ -90,15 +90,15 @@ def _ledger(settings: Settings) -> Ledger:
 def _store(settings: Settings, rejected: Rejected) -> _Store:
     if (dataset := settings.dataset) is not None:
         return _bigquery(dataset, settings, rejected)
-    from extproc.sinks.duckdb import DuckDbSink  # noqa: PLC0415 - a container does not have it
+    from extproc.usage.sinks.duckdb import DuckDbSink  # noqa: PLC0415 - a container does not have it
 
     settings.usage_db_path.parent.mkdir(parents=True, exist_ok=True)
     return DuckDbSink(settings.usage_db_path)
 
 
 def _bigquery(dataset: Dataset, settings: Settings, rejected: Rejected) -> _Store:
-    from extproc.sinks.bigquery import BigQuerySink, connect  # noqa: PLC0415 - half a second, for those who use it
-    from extproc.sinks.positions import Positions  # noqa: PLC0415
+    from extproc.usage.sinks.bigquery import BigQuerySink, connect  # noqa: PLC0415 - half a second, for those who use it
+    from extproc.usage.sinks.positions import Positions  # noqa: PLC0415
 
     positions = Positions(settings.state_dir / "journal" / "positions.json")
     return BigQuerySink(dataset, lambda: connect(dataset, settings.bigquery_endpoint), positions, rejected.add)

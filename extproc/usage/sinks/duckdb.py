@@ -13,10 +13,10 @@ from typing import Any
 import duckdb
 from pydantic import TypeAdapter
 
-from extproc import views
 from extproc.limits import MAX_SHIP_BYTES
 from extproc.records import BudgetSnapshot, UsageRecord
-from extproc.sinks import SinkUnavailable, UsageRow
+from extproc.usage import views
+from extproc.usage.sinks import SinkUnavailable, UsageRow
 
 _COLUMNS = {
     "request_id": "VARCHAR",

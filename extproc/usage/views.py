@@ -29,7 +29,7 @@ class View:
 
 def load() -> tuple[View, ...]:
     """Every view, each after those that it reads from."""
-    files = (file for file in resources.files("extproc").joinpath("sql").iterdir() if file.name.endswith(".sql"))
+    files = (file for file in resources.files("extproc.usage").joinpath("sql").iterdir() if file.name.endswith(".sql"))
     views = {view.name: view for view in (View(file.name.removesuffix(".sql"), file.read_text()) for file in files)}
     reads = {name: sorted({*_REFERENCE.findall(views[name].sql)} & views.keys()) for name in sorted(views)}
     return tuple(views[name] for name in TopologicalSorter(reads).static_order())

@@ -114,6 +114,31 @@ class TestJournal:
                 journal.append(record)
         assert stored(tmp_path) == [UsageRow(record) for record in records]
 
+    def test_close_has_written_what_came_just_after_the_writer_had_found_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = Journal(tmp_path, max_bytes=MIB, clock=clock)
+        take = journal._take
+        found_nothing = threading.Event()
+        closing = threading.Event()
+
+        def take_and_stand_still() -> list[bytes]:
+            lines = take()
+            if not found_nothing.is_set():
+                found_nothing.set()
+                closing.wait()
+            return lines
+
+        monkeypatch.setattr(journal, "_take", take_and_stand_still)
+        found_nothing.wait()
+        journal.append(usage_record())
+        closer = threading.Thread(target=journal.close)
+        closer.start()
+        wait_until(journal._closing.is_set)
+        closing.set()
+        closer.join()
+        assert stored(tmp_path) == [UsageRow(usage_record())]
+
     def test_an_orphan_is_marked(self, tmp_path: Path) -> None:
         with opened(tmp_path) as journal:
             journal.append_orphan(usage_record())

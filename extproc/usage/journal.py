@@ -137,11 +137,12 @@ class Journal:
 
     def _run(self) -> None:
         while True:
+            closing = self._closing.is_set()  # asked before the queue: what was appended before `close` is then in it
             lines = self._take()
             self._write(b"".join(lines))
             if time.monotonic() - self._synced_at >= _SYNC_INTERVAL_S:
                 self._sync()
-            if self._closing.is_set() and not lines:
+            if closing and not lines:
                 self._sync()
                 return
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import translate
 from functools import lru_cache
@@ -11,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 from extproc.errors import BudgetExhausted, TollgateError
 from extproc.limits import MAX_BUDGETS_PER_REQUEST, MAX_CACHED_MATCHES, MAX_CACHED_WINDOWS
+from extproc.policy import Same
 from extproc.records import Amount, Budget, BudgetRule, BudgetWindow, HoldRefusal, Mode, Principal, Scope, Unit, Window
 
 _MINUTE_MS = 60_000
@@ -29,7 +29,7 @@ def applicable(rules: tuple[BudgetRule, ...], principal: Principal, model: str) 
 
     Raises TollgateError above `limits.MAX_BUDGETS_PER_REQUEST`: leaving one out would leave it unenforced.
     """
-    return _applicable(_Same(rules), principal.team, principal.service, principal.user, model)
+    return _applicable(Same(rules), principal.team, principal.service, principal.user, model)
 
 
 def window_at(budget: Budget, now_ms: int) -> BudgetWindow:
@@ -59,24 +59,13 @@ def cut(refused: HoldRefusal) -> BudgetExhausted:
     return _exhausted(refused, "was used up while the answer streamed")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Same:
-    """The rules as a cache's key: a policy's rules are one object until it is reloaded, and hashing them is slow."""
-
-    rules: tuple[BudgetRule, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.rules is other.rules
-
-    def __hash__(self) -> int:
-        return id(self.rules)
-
-
 @lru_cache(maxsize=MAX_CACHED_MATCHES)
-def _applicable(same: _Same, team: str | None, service: str | None, user: str | None, model: str) -> tuple[Budget, ...]:
+def _applicable(
+    same: Same[tuple[BudgetRule, ...]], team: str | None, service: str | None, user: str | None, model: str
+) -> tuple[Budget, ...]:
     names = {Scope.GLOBAL: "*", Scope.TEAM: team, Scope.SERVICE: service, Scope.USER: user, Scope.MODEL: model}
     best: dict[tuple[Scope, Window, Unit, Mode], BudgetRule] = {}
-    for rule in same.rules:
+    for rule in same.part:
         name = names[rule.scope]
         if name is None or not _matches(rule.id, name):
             continue

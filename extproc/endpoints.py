@@ -61,7 +61,8 @@ class Endpoint:
     lists: bool = False
 
 
-_EXACT = {path: Endpoint(DIALECTS[name]) for path, name in _CALLS.items()}
+# What is served at these paths, whatever else is in the request.
+EXACT = {path: Endpoint(DIALECTS[name]) for path, name in _CALLS.items()}
 
 
 def find(path: str, names: Collection[str] = ()) -> Endpoint | None:
@@ -71,7 +72,7 @@ def find(path: str, names: Collection[str] = ()) -> Endpoint | None:
     `alt` that is not spoken: `speaker` says in which dialect to put that.
     """
     bare, _, query = path.partition("?")
-    endpoint = _EXACT.get(bare) or _models(bare, query, names)
+    endpoint = EXACT.get(bare) or _models(bare, query, names)
     if endpoint is not None and any(name in _CREDENTIALS for name, _ in _fields(query)):
         message = "A credential in a URL ends up in logs: send the ID token in the header authorization instead."
         raise BadRequest(message, code="credential_in_url", param="key")

@@ -16,10 +16,11 @@ bills it all the same.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, auto
+from functools import lru_cache
 from math import ceil
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from extproc import budget, endpoints, headers, limits, offers, tracing
 from extproc.allowance import Allowance
 from extproc.dialects.dialect import Dialect
 from extproc.dialects.openai_chat import OpenAIChat
+from extproc.endpoints import Endpoint
 from extproc.errors import (
     BadRequest,
     BudgetExhausted,
@@ -237,18 +239,15 @@ class Exchange:
 
     def _on_request_headers(self, event: RequestHeaders) -> list[Command]:
         self._begun_ns = self._asked_ns
-        self._request_id, path, method = _request_line(event.headers)
+        view = dict(event.headers)
+        self._request_id, path = view.get("x-request-id", ""), view.get(":path", "")
         if not self._request_id:
             raise ProtocolViolation("a request without an id")
         if path.partition("?")[0] == _HEALTH_PATH:
             return self._health()
-        names = [name for name, _ in event.headers]
-        self._dialect = endpoints.speaker(path, names)
-        endpoint = endpoints.find(path, names)
-        if endpoint is None:
-            raise NotFound(f"There is nothing at this path. Served here: {', '.join(endpoints.SERVED)}.")
-        self._endpoint, self._dialect = endpoint, endpoint.dialect
-        if method != endpoint.method:
+        self._endpoint = endpoint = endpoints.EXACT.get(path) or self._endpoint_at(path, view)
+        self._dialect = endpoint.dialect
+        if view.get(":method") != endpoint.method:
             raise MethodNotAllowed(f"This path takes {endpoint.method} only.")
         self._headers = headers.collect(event.headers)
         if self._gate.begin_span is not None and not endpoint.lists:
@@ -257,6 +256,13 @@ class Exchange:
         if (lacking := self._gate.unready()) is not None:
             raise Unavailable(f"The gateway cannot take requests now: {lacking}.")
         return self._identify(event.end)
+
+    def _endpoint_at(self, path: str, names: Collection[str]) -> Endpoint:
+        self._dialect = endpoints.speaker(path, names)
+        endpoint = endpoints.find(path, names)
+        if endpoint is None:
+            raise NotFound(f"There is nothing at this path. Served here: {', '.join(endpoints.SERVED)}.")
+        return endpoint
 
     def _identify(self, end: bool) -> list[Command]:
         try:
@@ -309,8 +315,8 @@ class Exchange:
     def _place_hold(self, prompt_text_tokens: int) -> list[Command]:
         plan = self._admitted
         # Tokenizers differ: whichever target answers, the prompt is held for as the one that makes most of it.
-        factor = max(1.0, *(self._gate.factor(candidate.target) for candidate in plan.candidates))
-        extra = max(candidate.call.prompt_extra for candidate in plan.candidates)
+        factor = max(1.0, *[self._gate.factor(candidate.target) for candidate in plan.candidates])
+        extra = max([candidate.call.prompt_extra for candidate in plan.candidates])
         prompt_tokens = ceil(prompt_text_tokens * factor) + extra if plan.call.billed else 0
         self._allowance = allowance = self._allowance_at(plan.price, prompt_tokens, plan.cap)
         self._state = State.HOLDING
@@ -328,7 +334,7 @@ class Exchange:
         call = self._admitted.call
         if not call.billed:
             cap = 0
-        searches = max(candidate.call.web_searches for candidate in self._admitted.candidates)
+        searches = max([candidate.call.web_searches for candidate in self._admitted.candidates])
         return Allowance(price, prompt_tokens, cap * call.choices, self._gate.lease_tokens, searches)
 
     def _least(self) -> Amount:
@@ -350,7 +356,7 @@ class Exchange:
     def _forward_request(self) -> ForwardRequest:
         plan = self._admitted
         body = plan.body()
-        chain = ",".join(candidate.target.provider for candidate in plan.candidates)
+        chain = ",".join([candidate.target.provider for candidate in plan.candidates])
         pairs = [(ROUTE_HEADER, chain), _JSON, ("content-length", str(len(body)))]
         if plan.call.stream:  # a whole answer begins when it is complete: envoy.yaml says how long that may take
             pairs.append((FIRST_BYTE_HEADER, str(self._gate.first_byte_timeout_ms)))
@@ -400,7 +406,8 @@ class Exchange:
         self._status = int(view.get(":status") or 0)
         self._attempts = int(view.get(headers.ATTEMPTS) or 1)
         self._settle_on(view.get(headers.ANSWERED_BY, ""))
-        if _repeats(event.headers, "content-type") or _repeats(event.headers, "content-encoding"):
+        repeats = len(view) < len(event.headers)
+        if repeats and (_repeats(event.headers, "content-type") or _repeats(event.headers, "content-encoding")):
             return self._replace_answer(UpstreamFailure("The provider's headers contradict each other."))
         encoding = (view.get("content-encoding") or "identity").strip().lower()
         if self._status in (401, 403) or 300 <= self._status < 400:
@@ -428,8 +435,8 @@ class Exchange:
 
     def _kept_back(self, pairs: Headers) -> tuple[str, ...]:
         """Names that must not reach the caller: those that are not its business, and any with a secret in its value."""
-        removed = headers.response_to_remove(name for name, _ in pairs)
-        if not self._holds_secret("\n".join(value for _, value in pairs).encode("latin-1")):
+        removed = headers.response_to_remove([name for name, _ in pairs])
+        if not self._holds_secret("\n".join([value for _, value in pairs]).encode("latin-1")):
             return removed
         return removed + tuple(name for name, value in pairs if self._holds_secret(value.encode("latin-1")))
 
@@ -867,7 +874,7 @@ class Exchange:
         blamed = self._blame.budget_id if isinstance(self._blame, BudgetExhausted) else None
         return UsageRecord(
             request_id=self._request_id,
-            ts=datetime.fromtimestamp((clock.wall_ms() - duration_ms) / 1000, UTC).isoformat(timespec="milliseconds"),
+            ts=_timestamp(clock.wall_ms() - duration_ms),
             service=principal.service,
             user=principal.user,
             team=principal.team,
@@ -897,10 +904,14 @@ class Exchange:
 _UNCHANGED = ForwardChunk()
 
 
-def _request_line(pairs: Headers) -> tuple[str, str, str]:
-    """(request id, path, method), before anything of the caller's is judged."""
-    wanted = {name: value for name, value in pairs if name in ("x-request-id", ":path", ":method")}
-    return wanted.get("x-request-id", ""), wanted.get(":path", ""), wanted.get(":method", "")
+def _timestamp(wall_ms: int) -> str:
+    """RFC 3339, in UTC, with milliseconds."""
+    return f"{_second(wall_ms // 1000)}.{wall_ms % 1000:03}+00:00"
+
+
+@lru_cache(maxsize=limits.MAX_CACHED_SECONDS)
+def _second(wall_s: int) -> str:
+    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _repeats(pairs: Headers, name: str) -> bool:

@@ -5,7 +5,7 @@ Both directions are allow-lists: a header that nobody thought of stays here. Nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from extproc.errors import BadRequest, TollgateError, Unauthenticated, UnsupportedMedia
 
@@ -28,7 +28,7 @@ _TO_PROVIDER = _FRAMING | {"accept", "content-type", "traceparent", "tracestate"
 
 # … and what belongs to a dialect, where the provider is called in it: another one's would not know it.
 _ANTHROPICS = frozenset({"anthropic-version", "anthropic-beta"})
-_TO_PROVIDER_OF = {"anthropic-messages": _ANTHROPICS, "anthropic-count-tokens": _ANTHROPICS}
+_TO_PROVIDER_OF = dict.fromkeys(("anthropic-messages", "anthropic-count-tokens"), _TO_PROVIDER | _ANTHROPICS)
 
 # To a caller: what the body is, how long it took, and whether to try again. Not `set-cookie`, `location` or `alt-svc`,
 # which would lead it past the gateway; not `x-ratelimit-*`, `anthropic-ratelimit-*` or the organization, which describe
@@ -55,12 +55,15 @@ CALLERS_ONLY = (*_CREDENTIALS, "proxy-authorization", "x-serverless-authorizatio
 _SINGLE = frozenset({*_CREDENTIALS, "content-type", "content-encoding", USER, PROVIDER})
 
 
-def collect(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+def collect(pairs: Collection[tuple[str, str]]) -> dict[str, str]:
     """Name to value. A repeated header's values are joined by commas (RFC 9110, 5.3).
 
     Raises BadRequest, or Unauthenticated for a credential, where one that decides something is repeated.
     """
-    headers: dict[str, str] = {}
+    headers = dict(pairs)
+    if len(headers) == len(pairs):  # none is repeated, as nearly always
+        return headers
+    headers = {}
     for name, value in pairs:
         if name not in headers:
             headers[name] = value
@@ -86,7 +89,7 @@ def to_remove(names: Iterable[str], native: str | None = None) -> tuple[str, ...
 
     `native` is the caller's dialect, by name, where the provider is called in it.
     """
-    return _others(names, _TO_PROVIDER | _TO_PROVIDER_OF.get(native or "", frozenset()))
+    return _others(names, _TO_PROVIDER_OF.get(native or "", _TO_PROVIDER))
 
 
 def response_to_remove(names: Iterable[str]) -> tuple[str, ...]:
@@ -96,6 +99,8 @@ def response_to_remove(names: Iterable[str]) -> tuple[str, ...]:
 
 def require_json(content_type: str | None, content_encoding: str | None) -> None:
     """Raises UnsupportedMedia for a body that is not plain JSON in UTF-8."""
+    if content_type == "application/json" and content_encoding is None:
+        return
     if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedMedia("A compressed body is not accepted: send it as it is.", param="content-encoding")
     kind, *parameters = (part.strip().lower() for part in (content_type or "").split(";"))
@@ -106,7 +111,7 @@ def require_json(content_type: str | None, content_encoding: str | None) -> None
 
 def _others(names: Iterable[str], allowed: frozenset[str]) -> tuple[str, ...]:
     """Each name once, in order, pseudo-headers (`:path`) left out: a name removed is removed with all its values."""
-    return tuple(name for name in dict.fromkeys(names) if name not in allowed and not name.startswith(":"))
+    return tuple([name for name in dict.fromkeys(names) if name not in allowed and name[:1] != ":"])
 
 
 def _repeated(name: str) -> TollgateError:

@@ -17,11 +17,10 @@ from extproc.form import MEDIA, Request, features
 from extproc.gate import Gate
 from extproc.intake import parse_json
 from extproc.itinerary import Itinerary, Leg
-from extproc.models import traits
 from extproc.pricing import FREE, Price, dearest
 from extproc.providers import PROVIDERS
-from extproc.records import Budget, Call, ModelRule, ModelTraits, Principal, Route, Target
-from extproc.routing import route, rule_of
+from extproc.records import Budget, Call, ModelTraits, Principal, Route, Target
+from extproc.routing import Way, way
 from extproc.translation import chat_of, refusal, within
 
 
@@ -100,21 +99,22 @@ class Plan:
 def make_plan(gate: Gate, endpoint: Endpoint, principal: Principal, raw: bytes, forced_provider: str | None) -> Plan:
     """Parse and decide. Raises BadRequest, naming the field, and what routing and pricing raise."""
     call = endpoint.dialect.read_call(parse_json(raw), endpoint.address)
-    way = route(gate.policy, call.model, forced_provider, gate.providers())
-    rule = rule_of(gate.policy, way)
-    drop = rule is not None and rule.drop_unsupported
-    candidates = _candidates(gate, _Asked(endpoint, call, drop), way, rule)
+    found = way(gate.policy, call.model, forced_provider, gate.providers())
+    candidates = _candidates(gate, _Asked(endpoint, call, found.drop), found)
+    route = found.route
+    if len(candidates) < len(route.targets):
+        route = replace(route, targets=tuple([candidate.target for candidate in candidates]))
     return Plan(
         call=call,
         raw=raw,
         dialect=endpoint.dialect,
         address=endpoint.address,
-        route=replace(way, targets=tuple(candidate.target for candidate in candidates)),
+        route=route,
         candidates=candidates,
-        drop=drop,
+        drop=found.drop,
         budgets=budget.applicable(gate.policy.budgets, principal, call.model),
-        price=dearest(candidate.price for candidate in candidates),
-        cap=max(candidate.cap for candidate in candidates),
+        price=dearest([candidate.price for candidate in candidates]),
+        cap=max([candidate.cap for candidate in candidates]),
         cuttable=call.stream and not call.unseen and not any(candidate.thinks for candidate in candidates),
     )
 
@@ -135,13 +135,13 @@ class _Asked:
         return None if caller is None else (caller, caller.read_request(self.call.body, self.address))
 
 
-def _candidates(gate: Gate, asked: _Asked, way: Route, rule: ModelRule | None) -> tuple[Candidate, ...]:
+def _candidates(gate: Gate, asked: _Asked, found: Way) -> tuple[Candidate, ...]:
     """The targets that can take the call. Raises the first one's refusal where none can."""
     candidates: list[Candidate] = []
     refusals: list[BadRequest] = []
-    for target in way.targets:
+    for target, known in zip(found.route.targets, found.traits, strict=True):
         try:
-            candidates.append(_candidate(gate, asked, target, rule))
+            candidates.append(_candidate(gate, asked, target, known))
         except BadRequest as error:
             refusals.append(error)
     if not candidates:
@@ -149,9 +149,8 @@ def _candidates(gate: Gate, asked: _Asked, way: Route, rule: ModelRule | None) -
     return tuple(candidates)
 
 
-def _candidate(gate: Gate, asked: _Asked, target: Target, rule: ModelRule | None) -> Candidate:
+def _candidate(gate: Gate, asked: _Asked, target: Target, known: ModelTraits) -> Candidate:
     call = asked.call
-    known = traits(target.provider, target.model, rule)
     native = asked.dialect.name in PROVIDERS[target.provider].paths
     cap = min(call.cap or known.max_output_tokens, known.max_output_tokens)
     if native:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
 import yaml
@@ -54,6 +54,22 @@ class _Rule(Protocol):
 
 
 R = TypeVar("R", bound=_Rule)
+T = TypeVar("T")
+
+
+class Same(Generic[T]):
+    """A part of a policy as a cache's key: it is one object until a reload, and to hash it whole is slow."""
+
+    __slots__ = ("part",)
+
+    def __init__(self, part: T) -> None:
+        self.part = part
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.part is other.part
+
+    def __hash__(self) -> int:
+        return id(self.part)
 
 
 def most_specific(rules: Iterable[R], *names: str) -> R | None:

@@ -108,8 +108,8 @@ def dearest(prices: Iterable[Price]) -> Price:
 
     Raises ValueError where there is none.
     """
-    every = tuple(dict.fromkeys(prices))
-    if len(every) == 1:
+    every = tuple(prices)
+    if every and every.count(every[0]) == len(every):
         return every[0]
     starts = {rates.above_prompt_tokens for price in every for rates in price.bands}
     bands = tuple(_dearest_rates(every, above) for above in sorted(starts, reverse=True))
@@ -140,7 +140,7 @@ class PriceBook:
         be billed as any tier, so each rate is the dearest. The policy's own prices hold for every tier.
         Raises BadRequest (`model_price_unknown`) where nothing says what the model costs.
         """
-        now = self._now().astimezone(UTC)
+        now = self._now()
         period = int(now.timestamp()) // PRICE_PERIOD_S
         if period != self._period or len(self._prices) >= MAX_CACHED_PRICES:
             self._period = period
@@ -148,7 +148,7 @@ class PriceBook:
         tier = _tier(service_tier)
         price = self._prices.get((target, tier))
         if price is None:
-            price = self._prices[target, tier] = self._resolve(target, tier, now)
+            price = self._prices[target, tier] = self._resolve(target, tier, now.astimezone(UTC))
         return price
 
     def _resolve(self, target: Target, tier: str, now: datetime) -> Price:

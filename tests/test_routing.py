@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from extproc.errors import BadRequest, Unavailable
+from extproc.models import UNKNOWN
 from extproc.records import IdentityRules, ModelRule, Policy, Route, Target
-from extproc.routing import route, rule_of
+from extproc.routing import route, way
 
 ALL = ("openai", "anthropic", "gemini")
 GPT = Target("openai", "gpt-4o")
@@ -37,11 +38,7 @@ EXACT = ModelRule("gpt-4o", (GPT, CLAUDE))
 @pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
 def test_the_most_specific_rule_applies(model: str, expected: Route, reverse: bool) -> None:
     rules = (ANY, GPTS, EXACT, MINIS)
-    way = route(policy(*(reversed(rules) if reverse else rules)), model, None, ALL)
-    assert way == expected
-    found = rule_of(policy(*rules), way)
-    assert found is not None
-    assert found.pattern == expected.name
+    assert route(policy(*(reversed(rules) if reverse else rules)), model, None, ALL) == expected
 
 
 def test_an_exact_name_beats_a_longer_pattern() -> None:
@@ -98,5 +95,29 @@ def test_an_unknown_model_is_named_safely(model: str) -> None:
     assert len(caught.value.message) < 400
 
 
-def test_a_rule_that_is_gone_is_none() -> None:
-    assert rule_of(policy(ANY), Route("gpt-4o", (GPT,))) is None
+def test_a_way_has_what_is_known_of_each_target() -> None:
+    rule = ModelRule("m", (GPT, Target("local", "*")), max_output_tokens=7, drop_unsupported=True)
+    found = way(policy(rule), "m", None, frozenset({"openai", "local"}))
+    assert found.route == Route("m", (GPT, Target("local", "m")))
+    assert found.drop
+    assert [(one.max_output_tokens, one.reasoning) for one in found.traits] == [(7, False), (7, UNKNOWN.reasoning)]
+
+
+def test_a_way_is_remembered_for_these_providers_and_this_policy_only() -> None:
+    rules, every = policy(EXACT), frozenset(ALL)
+    found = way(rules, "gpt-4o", None, every)
+    assert way(rules, "gpt-4o", None, frozenset(ALL)) is found
+    assert way(rules, "gpt-4o", "anthropic", every).route.targets == (CLAUDE,)
+    assert way(rules, "gpt-4o", None, frozenset({"anthropic"})).route.targets == (CLAUDE,)
+    assert way(policy(ANY), "gpt-4o", None, every).route == Route("*", (GPT,))
+
+
+def test_a_model_that_is_not_offered_is_named_each_time() -> None:
+    rules = policy(EXACT)
+    for _ in range(2):
+        with pytest.raises(BadRequest) as caught:
+            way(rules, "gpt-5", None, frozenset(ALL))
+        assert caught.value.code == "model_not_found"
+    with pytest.raises(Unavailable):
+        way(rules, "gpt-4o", None, frozenset({"gemini"}))
+    assert way(rules, "gpt-4o", None, frozenset(ALL)).route.targets == (GPT, CLAUDE)

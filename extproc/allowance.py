@@ -23,7 +23,7 @@ class Allowance:
         self.cap = cap
         self.lease_tokens = lease_tokens
         self._base_nanousd = price.hold_cost(prompt_tokens, 0, web_searches)
-        self._nanousd_per_mtok = price.hold_cost(prompt_tokens, MTOK, web_searches) - self._base_nanousd
+        self._nanousd_per_mtok = price.rates(prompt_tokens).dearest_output
         self._held = Amount(0, 0)
         self.covered = 0
 

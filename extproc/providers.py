@@ -171,5 +171,7 @@ def upstream_path(
     """
     paths = provider.paths[dialect]
     path = paths.stream + (paths.sse_query if sse else "") if stream else paths.whole
-    # Vertex's names have an @ before their date. A lone surrogate cannot be encoded, and is in no model's name.
-    return urlsplit(base_url).path.rstrip("/") + path.replace(_MODEL, quote(model, safe="@", errors="replace"))
+    if _MODEL in path:
+        # Vertex's names have an @ before their date. A lone surrogate cannot be encoded, and is in no model's name.
+        path = path.replace(_MODEL, quote(model, safe="@", errors="replace"))
+    return urlsplit(base_url).path.rstrip("/") + path

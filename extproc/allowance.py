@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extproc.pricing import Price
-from extproc.records import Amount
+from extproc.records import NOTHING, Amount
 
 UNBOUNDED = 2**53 - 1
 MTOK = 1_000_000
@@ -24,7 +24,7 @@ class Allowance:
         self.lease_tokens = lease_tokens
         self._base_nanousd = price.hold_cost(prompt_tokens, 0, web_searches)
         self._nanousd_per_mtok = price.rates(prompt_tokens).dearest_output
-        self._held = Amount(0, 0)
+        self._held = NOTHING
         self.covered = 0
 
     def used(self, tokens: int) -> Amount:

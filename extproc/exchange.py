@@ -115,6 +115,7 @@ _DEFAULT_DIALECT = OpenAIChat()
 
 
 NOBODY = Principal(email="", service=None, team=None, user=None)
+_ENDED_EARLY = UpstreamFailure("The provider's answer ended early.")  # never raised, so that all may share it
 NO_HOLD = Hold(request_id="", windows=(), held=NOTHING)
 
 
@@ -197,7 +198,7 @@ class Exchange:
         self._lost = False  # Envoy gave up on a provider that had the request
         self._extending = False  # an extension is under way
         self._fresh = False  # … and was asked for after the stream ran into its hold
-        self._blame: TollgateError = UpstreamFailure("The provider's answer ended early.")
+        self._blame: TollgateError = _ENDED_EARLY
         self._status = 0
         self._attempts = 0
         self._begun_ns = 0
@@ -319,12 +320,13 @@ class Exchange:
         extra = max([candidate.call.prompt_extra for candidate in plan.candidates])
         prompt_tokens = ceil(prompt_text_tokens * factor) + extra if plan.call.billed else 0
         self._allowance = allowance = self._allowance_at(plan.price, prompt_tokens, plan.cap)
+        least = self._least()
         self._state = State.HOLDING
         ask = HoldAsk(
             request_id=self._request_id,
             budgets=plan.budgets,
-            ask=allowance.lease(0) if plan.cuttable else allowance.whole(),
-            least=self._least(),
+            ask=allowance.lease(0) if plan.cuttable else least,  # the whole
+            least=least,
             used=allowance.used(0),
             note=self._note(),
         )

@@ -22,9 +22,12 @@ FLAGS = "x-tollgate-internal-flags"
 # Envoy's own framing of the message (RFC 9112, 6). Only Envoy can change it.
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
+# Not to be removed by anybody (RFC 9113, 8.3, and RFC 8441, 4).
+_PSEUDO = frozenset({":authority", ":method", ":path", ":protocol", ":scheme", ":status"})
+
 # To a provider: what the body is, and the trace. Not `user-agent`, `x-stainless-*` or addresses, which describe the
 # caller; not `openai-beta`, `openai-organization` or `openai-project`, which change what the account does and pays.
-_TO_PROVIDER = _FRAMING | {"accept", "content-type", "traceparent", "tracestate"}
+_TO_PROVIDER = _PSEUDO | _FRAMING | {"accept", "content-type", "traceparent", "tracestate"}
 
 # … and what belongs to a dialect, where the provider is called in it: another one's would not know it.
 _ANTHROPICS = frozenset({"anthropic-version", "anthropic-beta"})
@@ -33,17 +36,21 @@ _TO_PROVIDER_OF = dict.fromkeys(("anthropic-messages", "anthropic-count-tokens")
 # To a caller: what the body is, how long it took, and whether to try again. Not `set-cookie`, `location` or `alt-svc`,
 # which would lead it past the gateway; not `x-ratelimit-*`, `anthropic-ratelimit-*` or the organization, which describe
 # the gateway's account; not the provider's `x-request-id` or `request-id`, since the gateway sets its own.
-_TO_CALLER = _FRAMING | {
-    "cache-control",
-    "content-encoding",
-    "content-type",
-    "date",
-    "openai-processing-ms",
-    "retry-after",
-    "retry-after-ms",
-    "server-timing",  # Google's
-    "x-should-retry",  # OpenAI's and Anthropic's: their clients heed it
-}
+_TO_CALLER = (
+    _PSEUDO
+    | _FRAMING
+    | {
+        "cache-control",
+        "content-encoding",
+        "content-type",
+        "date",
+        "openai-processing-ms",
+        "retry-after",
+        "retry-after-ms",
+        "server-timing",  # Google's
+        "x-should-retry",  # OpenAI's and Anthropic's: their clients heed it
+    }
+)
 
 # Where official clients put what they are given as a key: OpenAI's, Anthropic's, Google's.
 _CREDENTIALS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -110,8 +117,8 @@ def require_json(content_type: str | None, content_encoding: str | None) -> None
 
 
 def _others(names: Iterable[str], allowed: frozenset[str]) -> tuple[str, ...]:
-    """Each name once, in order, pseudo-headers (`:path`) left out: a name removed is removed with all its values."""
-    return tuple([name for name in dict.fromkeys(names) if name not in allowed and name[:1] != ":"])
+    """Each name once, in order: a name removed is removed with all its values."""
+    return tuple([name for name in dict.fromkeys(names) if name not in allowed])
 
 
 def _repeated(name: str) -> TollgateError:

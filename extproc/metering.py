@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b, shake_128
 from math import ceil
 from typing import Protocol
@@ -17,6 +18,7 @@ from extproc.dialects.dialect import Dialect
 from extproc.limits import (
     COUNT_SLICE_CHARS,
     LEARN_MIN_TOKENS,
+    MAX_CACHED_TRAITS,
     MAX_COUNT_CHARS,
     MAX_EVENT_BYTES,
     MAX_EVENT_COUNT_CHARS,
@@ -37,6 +39,7 @@ _STARTING_FACTORS = (
 )
 
 
+@lru_cache(maxsize=MAX_CACHED_TRAITS)
 def starting_factor(target: Target) -> float:
     """Billed ÷ counted for a model about which nothing has been learned yet."""
     name = f"{target.provider}/{target.model}".lower()

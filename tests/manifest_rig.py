@@ -26,14 +26,17 @@ def wanted() -> bool:
 
 
 def containers(
-    directory: Path, port: int, admin_port: int, policy: Path, environment: Mapping[str, str]
+    directory: Path, port: int, admin_port: int, policy: Path, environment: Mapping[str, str], *, own: Mapping[str, str]
 ) -> tuple[Process, Process]:
-    """Envoy's and the processor's, in this order. `environment` is what the rig would give the processor."""
+    """Envoy's and the processor's, in this order. `environment` is what the rig would give the processor.
+
+    `own` is the part of it that a test asked for: that counts, whatever the manifest sets.
+    """
     read = manifest.read(MANIFEST, {})
     named = {name for container in read.containers for name in container.env}
     changes = {name: "" for name in named if name.endswith("_SECRET")}
     changes |= {"TOLLGATE_USAGE_STORE": "", "TOLLGATE_SHIP": "0", "ENVOY_ADMIN_PORT": str(admin_port)}
-    changes |= {name: value for name, value in environment.items() if name not in _SET_BY_THE_MANIFEST}
+    changes |= {name: value for name, value in environment.items() if name not in _SET_BY_THE_MANIFEST or name in own}
     by_name = {one.name: one for one in build(read, directory, port, {POLICY_SECRET: policy}, changes)}
     return by_name["envoy"], by_name["extproc"]
 

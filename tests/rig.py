@@ -450,7 +450,7 @@ async def running(
     container: Container | None = None
     tuned = tune or places or processors > 1 or workers[0].workers > 1
     if contained or (manifest_rig.wanted() and not tuned):
-        container, workers = _contained(directory, port, admin_port, policy_path, workers[0])
+        container, workers = _contained(directory, port, admin_port, policy_path, workers[0], own=environment or {})
     for worker in workers:
         await worker.start()
     if container is not None:
@@ -496,11 +496,11 @@ def _base_url(name: str, provider: ScriptedProvider) -> str:
 
 
 def _contained(
-    directory: Path, port: int, admin_port: int, policy_path: Path, plain: Processor
+    directory: Path, port: int, admin_port: int, policy_path: Path, plain: Processor, *, own: Mapping[str, str]
 ) -> tuple[Container, list[Processor]]:
     """Envoy's container, and the processor as the manifest has it."""
     environment = {**plain.environment, "TOLLGATE_WORKERS": str(plain.workers)}
-    envoy, container = manifest_rig.containers(directory, port, admin_port, policy_path, environment)
+    envoy, container = manifest_rig.containers(directory, port, admin_port, policy_path, environment, own=own)
     state_dir = Path(container.env["TOLLGATE_STATE_DIR"])
     state_dir.mkdir()  # for the log
     socket = Path(container.env["TOLLGATE_SOCKET"])

@@ -2,13 +2,17 @@
 
 Events are what happened (a message of Envoy's, an answer of the ledger's, a timer). Commands are what the shell must
 do, in order. Header values are text: HTTP's octets, decoded as Latin-1.
+
+Structs, which are made in C: a frozen dataclass sets every field through Python. They cannot be in a cycle of
+references, so the garbage collector does not track them (`gc=False`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from extproc.records import Amount, BudgetWindow, Hold, HoldAsk, HoldRefusal, Lease, Settlement, Target, UsageRecord
 
@@ -18,8 +22,7 @@ Headers = tuple[tuple[str, str], ...]
 # Events ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHeaders:
+class RequestHeaders(Struct, frozen=True, gc=False):
     """The request line and headers. `end`: there is no body.
 
     Where a target is asked, `provider` is its endpoint's, and `itinerary` what the gate said (`ForwardRequest`).
@@ -31,16 +34,14 @@ class RequestHeaders:
     itinerary: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBody:
+class RequestBody(Struct, frozen=True, gc=False):
     """The whole body: Envoy buffers it."""
 
     body: bytes
     end: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHeaders:
+class ResponseHeaders(Struct, frozen=True, gc=False):
     """The provider's status and headers, or those of a reply that Envoy made itself."""
 
     headers: Headers
@@ -54,46 +55,39 @@ class ResponseBody(NamedTuple):
     end: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseTrailers:
+class ResponseTrailers(Struct, frozen=True, gc=False):
     """The provider ended its answer with trailers; the last chunk before them had no end."""
 
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KeysRefreshed:
+class KeysRefreshed(Struct, frozen=True, gc=False):
     """The issuer's keys were fetched again, or it was too soon to."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptCounted:
+class PromptCounted(Struct, frozen=True, gc=False):
     """A long prompt was counted outside the event loop; None where too many were waiting for it."""
 
     tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class HoldAnswered:
+class HoldAnswered(Struct, frozen=True, gc=False):
     """The ledger's answer; None where it gave none in time."""
 
     answer: Hold | HoldRefusal | None
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseAnswered:
+class LeaseAnswered(Struct, frozen=True, gc=False):
     """The ledger's answer to an extension; None where it gave none in time."""
 
     lease: Lease | None
 
 
-@dataclass(frozen=True, slots=True)
-class TimerFired:
+class TimerFired(Struct, frozen=True, gc=False):
     """The one timer that the exchange last set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Closed:
+class Closed(Struct, frozen=True, gc=False):
     """Envoy closed the side stream: the request is over, whether or not it was complete."""
 
 
@@ -123,8 +117,7 @@ class Crossing(Enum):
     BOTH = auto()  # that, and the whole answer as it comes
 
 
-@dataclass(frozen=True, slots=True)
-class ContinueRequest:
+class ContinueRequest(Struct, frozen=True, gc=False):
     """Go on to the body, or, where a target answers, to the provider with these changes."""
 
     set_headers: Headers = ()
@@ -132,8 +125,7 @@ class ContinueRequest:
     crossing: Crossing = Crossing.NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardRequest:
+class ForwardRequest(Struct, frozen=True, gc=False):
     """Send this body on, in place of the caller's. `itinerary` is for the targets of all attempts to come."""
 
     body: bytes
@@ -142,8 +134,7 @@ class ForwardRequest:
     itinerary: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ContinueResponse:
+class ContinueResponse(Struct, frozen=True, gc=False):
     """Let the response begin, with these changes."""
 
     set_headers: Headers = ()
@@ -156,22 +147,19 @@ class ForwardChunk(NamedTuple):
     body: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitMore:
+class AwaitMore(Struct, frozen=True, gc=False):
     """The answer to Envoy's message will take this long: it waits for another message. Answers nothing by itself."""
 
     timeout_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropTrailers:
+class DropTrailers(Struct, frozen=True, gc=False):
     """Let the response end, without these trailers."""
 
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True, gc=False):
     """Answer the caller in the provider's stead. Ends the exchange with Envoy.
 
     Once the response has begun nothing of it is sent: it resets the caller's stream and the provider's.
@@ -190,37 +178,32 @@ ANSWERS = (ContinueRequest, ForwardRequest, ContinueResponse, ForwardChunk, Drop
 # Commands to everything else ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RefreshKeys:
+class RefreshKeys(Struct, frozen=True, gc=False):
     """Fetch an issuer's keys, if that was not done just now. Answered by KeysRefreshed."""
 
     issuer: str
 
 
-@dataclass(frozen=True, slots=True)
-class RefreshSecret:
+class RefreshSecret(Struct, frozen=True, gc=False):
     """A provider did not accept the gateway's key: look for a new one, if that was not done just now."""
 
     provider: str
 
 
-@dataclass(frozen=True, slots=True)
-class CountPrompt:
+class CountPrompt(Struct, frozen=True, gc=False):
     """Count these texts outside the event loop. Answered by PromptCounted."""
 
     texts: tuple[str, ...]
     encoding: str
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceHold:
+class PlaceHold(Struct, frozen=True, gc=False):
     """Answered by HoldAnswered."""
 
     ask: HoldAsk
 
 
-@dataclass(frozen=True, slots=True)
-class ExtendLease:
+class ExtendLease(Struct, frozen=True, gc=False):
     """Record `used`, and raise the hold towards `target` in all. Answered by LeaseAnswered."""
 
     request_id: str
@@ -229,8 +212,7 @@ class ExtendLease:
     target: Amount
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(Struct, frozen=True, gc=False):
     """Post what the request cost. Never lost: the shell journals it where the ledger cannot take it.
 
     `record` is the row of a request that was admitted: it is written too, and kept beside what was posted until a usage
@@ -241,8 +223,7 @@ class Settle:
     record: UsageRecord | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Learn:
+class Learn(Struct, frozen=True, gc=False):
     """Tell everybody how a count compared with the bill."""
 
     target: Target
@@ -250,15 +231,13 @@ class Learn:
     billed: int
 
 
-@dataclass(frozen=True, slots=True)
-class WriteRecord:
+class WriteRecord(Struct, frozen=True, gc=False):
     """Append the row of a request that was never admitted to the usage journal."""
 
     record: UsageRecord
 
 
-@dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(Struct, frozen=True, gc=False):
     """Replaces the timer that is running. Answered by TimerFired."""
 
     after_ms: int

@@ -18,9 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from datetime import UTC, datetime
 from enum import Enum, auto
-from functools import lru_cache
 from math import ceil
 from typing import Any
 from urllib.parse import quote
@@ -112,7 +110,6 @@ CLIENT_GONE_STATUS = 499  # nginx's, and now everybody's: the caller left before
 _JSON = ("content-type", "application/json")
 _HEALTH_PATH = "/healthz"
 _DEFAULT_DIALECT = OpenAIChat()
-
 
 NOBODY = Principal(email="", service=None, team=None, user=None)
 _ENDED_EARLY = UpstreamFailure("The provider's answer ended early.")  # never raised, so that all may share it
@@ -876,7 +873,7 @@ class Exchange:
         blamed = self._blame.budget_id if isinstance(self._blame, BudgetExhausted) else None
         return UsageRecord(
             request_id=self._request_id,
-            ts=_timestamp(clock.wall_ms() - duration_ms),
+            ts=clock.date(duration_ms),
             service=principal.service,
             user=principal.user,
             team=principal.team,
@@ -904,16 +901,6 @@ class Exchange:
 
 
 _UNCHANGED = ForwardChunk()
-
-
-def _timestamp(wall_ms: int) -> str:
-    """RFC 3339, in UTC, with milliseconds."""
-    return f"{_second(wall_ms // 1000)}.{wall_ms % 1000:03}+00:00"
-
-
-@lru_cache(maxsize=limits.MAX_CACHED_SECONDS)
-def _second(wall_s: int) -> str:
-    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _repeats(pairs: Headers, name: str) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
 
 from extproc.identity import Identity
+from extproc.limits import MAX_CACHED_SECONDS
 from extproc.pricing import PriceBook
 from extproc.records import Policy, Target
 from extproc.tracing import BeginSpan
@@ -17,6 +20,16 @@ class Clock:
 
     now_ns: Callable[[], int]
     wall_ms: Callable[[], int]
+
+    def date(self, ago_ms: int) -> str:
+        """When it was so long ago: RFC 3339, in UTC, with milliseconds."""
+        then_ms = self.wall_ms() - ago_ms
+        return f"{_second(then_ms // 1000)}.{then_ms % 1000:03}+00:00"
+
+
+@lru_cache(maxsize=MAX_CACHED_SECONDS)
+def _second(wall_s: int) -> str:
+    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 @dataclass(frozen=True, slots=True)

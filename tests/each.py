@@ -25,7 +25,7 @@ def each_case(cases: Iterable[Case | tuple[Case, str]]) -> Callable[[Test], Test
     for one in cases:
         case, *words = one if isinstance(one, tuple) else (one,)
         groups["-".join((case.provider, *words))].append((case, *words))
-    width = max(len(one) for group in groups.values() for one in group)
+    width = max((len(one) for group in groups.values() for one in group), default=1)  # the subset may have none
 
     def over_groups(test: Test) -> Test:
         @wraps(test)

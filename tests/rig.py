@@ -233,7 +233,7 @@ class Rig:
 
     @asynccontextmanager
     async def ledger(self) -> AsyncIterator[Ledger]:
-        ledger = Ledger(self.redis_url, namespace=self.namespace)
+        ledger = Ledger(self.redis_url, namespace=self.namespace, timeout_ms=30_000)  # a slow machine proves nothing
         try:
             yield ledger
         finally:

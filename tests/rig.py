@@ -319,7 +319,7 @@ class Rig:
                     running = (p for p in self.processors if p.process is not None and p.process.returncode is None)
                     alive = sum(p.workers for p in running)
                     members = await self.admin("/stats?filter=cluster.extproc.membership_healthy")
-                    asked = [await client.get(f"{self.url}/healthz") for _ in range(alive)]
+                    asked = [await client.get(f"{self.url}/healthz") for _ in range(4 * alive)]
                     return members.strip().endswith(f": {alive}") and all(a.status_code == 200 for a in asked)
                 return False
 

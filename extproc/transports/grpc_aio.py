@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from extproc.limits import MAX_MESSAGE_BYTES
+from extproc.limits import LINGER_S, MAX_MESSAGE_BYTES
 from extproc.session import Session
 from extproc.transports import ROLE, SERVICE, Open, probe
 from extproc.transports.probe import Lacking
@@ -57,6 +57,7 @@ class GrpcServer:
     async def close(self) -> None:
         """Take no new streams, and end those that are open with an error."""
         await self._server.stop(0)
+        await self.idle(LINGER_S)  # the calls' tasks see that only now, and their sessions settle as they end
 
     async def _check(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         answer = probe.check(request, self._lacking)

@@ -6,7 +6,7 @@ VENV := .venv
 UV_VERSION := 0.13.9
 READY := $(VENV)/.ready
 
-.PHONY: up up-manifest test check lint types imports protos-drift protos dashboards-drift dashboards lock bench bench-rivals clean
+.PHONY: up up-manifest test test-compiled compiled pure check lint types imports protos-drift protos dashboards-drift dashboards lock bench bench-rivals clean
 
 up: $(READY)
 	@exec $(VENV)/bin/tollgate up
@@ -22,6 +22,24 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 	TOLLGATE_RIG=manifest TOLLGATE_TRANSPORT=grpc TOLLGATE_RECORDINGS=tests/streams $(VENV)/bin/pytest -n 2 --dist loadfile $(wildcard tests/test_e2e_*.py) $(ARGS)
+
+# The hot path as C, in place, beside its sources (setup.py says which). Needs a C compiler and Python's headers. `pure`
+# takes it out again, and is needed before such a source is edited: Python prefers the compiled one.
+compiled: $(READY)
+	@echo "compiling the hot path: about 2 minutes"
+	@TOLLGATE_COMPILE=1 $(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@rm -rf build
+
+pure:
+	@find extproc -name '*.so' -delete
+	@rm -rf build
+
+# What is compiled, by the tests of its modules and by those through a real Envoy.
+COMPILED_TESTS = $(wildcard $(addprefix tests/test_,compiled.py dockerfiles.py wire*.py exchange*.py intake.py sse.py \
+	metering.py plan.py envoy.py session.py target.py *_calls.py e2e_*.py))
+test-compiled: compiled
+	@trap 'find extproc -name "*.so" -delete' EXIT; \
+	TOLLGATE_COMPILED=1 $(VENV)/bin/pytest -n 2 --dist loadfile $(COMPILED_TESTS) $(ARGS)
 
 check: lint types imports protos-drift dashboards-drift
 

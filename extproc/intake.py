@@ -12,6 +12,7 @@ from math import isinf
 from typing import Any
 
 import orjson
+from mypy_extensions import mypyc_attr
 
 from extproc.errors import BadRequest
 from extproc.limits import MAX_ERROR_FIELD_CHARS, MAX_INTEGER_DIGITS, MAX_JSON_DEPTH, MAX_JSON_STRUCTURE_BYTES
@@ -95,10 +96,12 @@ def _count_names(value: Any) -> int:
 # Once something is wrong, a slower reader finds out what and where. ---------------------------------------------------
 
 
+@mypyc_attr(native_class=False)
 class _Pairs(list[tuple[str, Any]]):
     """An object with its duplicates."""
 
 
+@mypyc_attr(native_class=False)
 class _Number(str):
     """A number, or one of Python's additions to JSON (`NaN`), as it was written."""
 

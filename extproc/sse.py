@@ -87,7 +87,7 @@ class SseParser:
 
 def _may_be_half_crlf(end: re.Match[bytes]) -> bool:
     """A blank line's CR at the very end of what has come: its LF may follow, unless lines here end with CR."""
-    return end[2] == b"\r" and end[1] != b"\r" and end.end() == len(end.string)
+    return end[2] == b"\r" and end[1] != b"\r" and end.end() == end.endpos
 
 
 def _read_lf_block(block: bytes) -> SseEvent:

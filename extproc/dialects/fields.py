@@ -64,7 +64,7 @@ def required(fields: Mapping[str, Any], name: str, kind: type, where: str = "") 
 
 def number(fields: Mapping[str, Any], name: str, where: str = "") -> float | None:
     """A field that may be absent or null, both None. It stays an integer where it came as one."""
-    value: float | None = fields.get(name)
+    value = fields.get(name)
     if value is not None and not is_a(value, int) and not is_a(value, float):
         raise wrong_type(where + name, _KINDS[float], value)
     return value

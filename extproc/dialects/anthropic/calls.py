@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from extproc.dialects import pieces
 from extproc.dialects.anthropic.answers import read_message
 from extproc.dialects.anthropic.errors import render_error, render_error_event
@@ -33,6 +35,7 @@ _THINKS = {"enabled": True, "adaptive": True, "between_tools": True, "disabled":
 _NOTHING = Piece()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class AnthropicCalls:
     """The gate's half of the dialect. Stateless."""
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from extproc.dialects import pieces
 from extproc.dialects.dialect import NO_ADDRESS, Address
 from extproc.dialects.fields import count, invalid, members, missing, optional, parse, positive, spliced
@@ -26,6 +28,7 @@ _ROUTING_FIELDS = ("routingConfig", "modelSelectionConfig", "modelConfig")
 _MEDIA_MODELS = ("-image", "-tts")  # answer in pictures or sound without being asked
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class GeminiCalls:
     """What the gate asks of the dialect. Stateless."""
 

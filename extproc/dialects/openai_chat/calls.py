@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from extproc.dialects.dialect import NO_ADDRESS, Address
 from extproc.dialects.fields import (
     Names,
@@ -70,6 +72,7 @@ _DONE = Piece(done=True)
 _NOTHING = Piece()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class OpenAIChatCalls:
     """What the gate asks of the dialect. Stateless."""
 

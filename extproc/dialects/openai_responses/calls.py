@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+from mypy_extensions import mypyc_attr
 
 from extproc.dialects import openai_parts, pieces
 from extproc.dialects.dialect import NO_ADDRESS, Address
@@ -43,6 +44,7 @@ _REFUSED = {
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class OpenAIResponsesCalls:
     """The gate's half of the dialect. Stateless."""
 

@@ -119,9 +119,7 @@ class Connection:
         if not self.over:
             try:
                 self._read(data)
-            except _Fatal as error:
-                self._fail(error.code, str(error))
-            except BadBlock as error:
+            except (_Fatal, BadBlock) as error:
                 self._fail(error.code, str(error))
         return events
 

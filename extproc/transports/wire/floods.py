@@ -20,7 +20,7 @@ class FloodBudget:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._at_s = now()
-        self._left: float = FLOOD_BURST
+        self._left = float(FLOOD_BURST)
 
     def spend(self, cost: int = 1) -> bool:
         """False where the peer has done too much of this."""

@@ -30,15 +30,16 @@ compiled: $(READY)
 	@TOLLGATE_COMPILE=1 $(VENV)/bin/python setup.py --quiet build_ext --inplace
 	@rm -rf build
 
+PURE = find extproc -name '*.so' -delete
 pure:
-	@find extproc -name '*.so' -delete
+	@$(PURE)
 	@rm -rf build
 
 # What is compiled, by the tests of its modules and by those through a real Envoy.
 COMPILED_TESTS = $(wildcard $(addprefix tests/test_,compiled.py dockerfiles.py wire*.py exchange*.py intake.py sse.py \
 	metering.py plan.py envoy.py session.py target.py *_calls.py e2e_*.py))
 test-compiled: compiled
-	@trap 'find extproc -name "*.so" -delete' EXIT; \
+	@trap "$(PURE)" EXIT; \
 	TOLLGATE_COMPILED=1 $(VENV)/bin/pytest -n 2 --dist loadfile $(COMPILED_TESTS) $(ARGS)
 
 check: lint types imports protos-drift dashboards-drift
@@ -84,7 +85,7 @@ bench: $(READY) bench-rivals
 bench-rivals: $(READY)
 	$(VENV)/bin/python -m bench.rivals
 
-clean:
+clean: pure
 	rm -rf $(VENV) .tollgate .bench
 
 $(READY): requirements.lock pyproject.toml

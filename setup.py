@@ -6,7 +6,7 @@ import os
 
 from setuptools import Extension, setup
 
-# What runs for every request and every streamed event. All of it runs uncompiled as well, and is tested both ways.
+# What runs for every request and every streamed event. All of it runs uncompiled as well, which is what is deployed.
 HOT_PATH = (
     "extproc/allowance.py",
     "extproc/budget.py",

@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import pytest
 
 from extproc.limits import MAX_MESSAGE_BYTES, MIB
-from extproc.session import Session
-from extproc.transports import End, Send
+from extproc.transports import End, Send, Session
 from extproc.transports.grpc_aio import GrpcServer
 from extproc.transports.wire.server import WireServer
 from tests.rig import eventually
@@ -91,7 +90,7 @@ async def running(kind: str, folder: Path) -> AsyncIterator[Running]:
         if role != "gate":
             return None
         sessions.append(Scripted(send, end))
-        return cast(Session, sessions[-1])
+        return sessions[-1]
 
     address = f"unix:{folder}/{kind}"
     server = SERVERS[kind](address, open_session, lambda: lacks[0] if lacks else None)

@@ -8,14 +8,12 @@ import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import cast
 
 import pytest
 import uvloop
 
 from extproc.local.valkey import free_port
-from extproc.session import Session
-from extproc.transports import End, Send
+from extproc.transports import End, Send, Session
 from extproc.transports.wire import frames
 from extproc.transports.wire import server as module
 from extproc.transports.wire.frames import END_HEADERS, END_STREAM, Code, Setting
@@ -121,7 +119,7 @@ async def running(address: str) -> AsyncIterator[Running]:
 
     def open_session(role: str, send: Send, end: End) -> Session:
         sessions.append(Echo(send, end))
-        return cast(Session, sessions[-1])
+        return sessions[-1]
 
     server = WireServer(address, open_session, lambda: None)
     await server.start()
@@ -163,7 +161,7 @@ async def test_one_read_is_one_write(address: str, monkeypatch: pytest.MonkeyPat
         def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
             pass
 
-    server = WireServer(address, lambda role, send, end: cast(Session, Echo(send, end)), lambda: None)
+    server = WireServer(address, lambda role, send, end: Echo(send, end), lambda: None)
     link = module._Link(server)
     link.connection_made(Transport())
     link.data_received(GREETING + SETTINGS_ACK)

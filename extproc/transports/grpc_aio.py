@@ -10,8 +10,7 @@ from typing import Any
 import grpc
 
 from extproc.limits import LINGER_S, MAX_MESSAGE_BYTES
-from extproc.session import Session
-from extproc.transports import ROLE, SERVICE, Open, probe
+from extproc.transports import ROLE, SERVICE, Open, Session, probe
 from extproc.transports.probe import Lacking
 
 

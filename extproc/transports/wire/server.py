@@ -15,8 +15,7 @@ from extproc.limits import (
     MAX_UNREAD_CONTROL_BYTES,
     WRITE_HIGH_WATER_BYTES,
 )
-from extproc.session import Session
-from extproc.transports import Open, probe
+from extproc.transports import Open, Session, probe
 from extproc.transports.probe import Lacking
 from extproc.transports.wire.connection import Connection
 from extproc.transports.wire.frames import Code

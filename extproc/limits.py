@@ -131,8 +131,8 @@ FLOOD_BURST = 10_000  # frames that carry nothing; Envoy's own bound on its queu
 FLOOD_REFILL_PER_S = 1_000  # about 2% of a core
 SETTINGS_FLOOD_COST = 100  # SETTINGS may touch every stream
 MAX_SETTINGS = 32  # in one frame; there are fewer than ten
-HANDSHAKE_TIMEOUT_S = 10  # until the preface and the acknowledgement of our SETTINGS have come
-LINGER_S = 1  # for the peer to read why the connection ends
+HANDSHAKE_TIMEOUT_S = 10.0  # until the preface and the acknowledgement of our SETTINGS have come
+LINGER_S = 1.0  # for the peer to read why the connection ends
 MAX_WORKERS = 4  # sockets that envoy.yaml lists for the processor; more cores want a longer list there
 
 # Telemetry ------------------------------------------------------------------------------------------------------------
